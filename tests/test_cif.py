@@ -91,7 +91,8 @@ def test_loop_and_vectorised_agree_in_values_and_gradients(case):
         if loop is None:
             assert vectorised is None or not vectorised.any()
         else:
-            torch.testing.assert_close(vectorised, loop, rtol=1e-9, atol=1e-9)
+            tolerance = 1e-6 if loop.dtype == torch.float32 else 1e-9  # fire times are float32
+            torch.testing.assert_close(vectorised, loop, rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=200, deadline=None)
