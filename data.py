@@ -1,6 +1,6 @@
 """Where speech comes from: the embedded corpus, a folder of sound files, or LibriSpeech through torchaudio.
 
-    load("asterisk")                     2,600 prompts in five languages, 90 minutes, fetched once (50 MB)
+    load("asterisk")                     2,592 prompts in five languages, 90 minutes: see asterisk.py
     load("my/folder")                    any rate, any number of channels, any format that soundfile reads
     load("librispeech:train-clean-100")  downloaded on first use; join subsets with +
 
@@ -8,29 +8,19 @@ Each gives a `Speech`: a list of utterances whose sound, 16 kHz mono floats in [
 `speech.part("train")`, "valid" and "test" never share a group: a prompt in all its languages, a folder, a speaker.
 `batches` makes batches by seconds of audio, of utterances of like length.
 
-The embedded corpus is Debian's package of the voice prompts of the Asterisk telephone exchange: the same prompts
-read by professional speakers in English, Spanish, French, Italian and Russian, with transcripts.
-
 `python data.py [corpus]` shows what is in a corpus.
 """
 
-import gzip
 import hashlib
-import io
 import json
 import math
 import os
-import re
 import shutil
 import sys
-import tarfile
-import unicodedata
-import urllib.request
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import G722
 import numpy as np
 import soundfile
 import torch
@@ -38,9 +28,10 @@ import torchaudio
 from torch import Tensor
 from tqdm import tqdm
 
-from ofa_encoder import MIN_SAMPLES, SAMPLE_RATE, save
+import asterisk
+from ofa_encoder import MIN_SAMPLES, SAMPLE_RATE
 
-MAX_SECONDS = 15.0   # longer files are cut into equal pieces; longer prompts are left out
+MAX_SECONDS = 15.0  # longer files are cut into equal pieces
 SPLITS = ("train", "valid", "test")
 OWN_DATA = "Your own speech works too: --data FOLDER, with sound files of any format that soundfile reads."
 
@@ -94,7 +85,11 @@ def load(name: str, root="data") -> Speech:
     """The corpus called name (see the top of this file); what is downloaded or cached lies under root.
     Raises ValueError or OSError, with what to do, where nothing usable is found."""
     if name == "asterisk":
-        return asterisk(Path(root))
+        cache = Path(root) / "asterisk.pt"
+        asterisk.build(cache)
+        content = torch.load(cache, weights_only=True, mmap=True)
+        utterances = [Utterance(**u) for u in json.loads(content["utterances"])]
+        return Speech(utterances, held_out=(0.1, 0.2), sound=content["sound"])
     if name.startswith("librispeech:"):
         return librispeech(name.removeprefix("librispeech:").split("+"), Path(root))
     return folder(Path(name))
@@ -138,7 +133,30 @@ def read(path, start=0, stop=None) -> Tensor:
     return waveform
 
 
-# ---------------------------------------------------------------- a folder, and LibriSpeech
+class _Readable(torch.utils.data.Dataset):
+    """speech[i] with its index; None, and a line that says why, where the sound can't be read after all."""
+
+    def __init__(self, speech):
+        self.speech = speech
+
+    def __getitem__(self, i):
+        try:
+            return i, self.speech[i]
+        except ValueError as error:
+            print(f"left out: {error}", file=sys.stderr)
+
+
+def _collate(items):
+    items = [item for item in items if item is not None] or [(None, torch.zeros(MIN_SAMPLES))]
+    indices, waveforms = zip(*items)
+    return [i for i in indices if i is not None], *pad(waveforms)
+
+
+def loader(speech: Speech, plan, workers=0):
+    """An iterator over plan's lists of indices that gives (indices, waveforms (B, samples), lengths (B,)) for each, read by
+    so many processes ahead of time. An utterance that can't be read is named and left out; if none is left, the indices
+    are empty and the waveform is one frame of silence."""
+    return iter(torch.utils.data.DataLoader(_Readable(speech), batch_sampler=plan, num_workers=workers, collate_fn=_collate))
 
 
 def folder(path: Path) -> Speech:
@@ -202,127 +220,6 @@ def _from_files(entries, held_out, where) -> Speech:
     if not utterances:
         raise ValueError(f"no usable sound file in {where}: {len(left_out)} were left out")
     return Speech(utterances, held_out)
-
-
-# ---------------------------------------------------------------- the embedded corpus
-
-CREDIT = """Asterisk core sounds, https://downloads.asterisk.org/pub/telephony/sounds/, packaged by Debian (asterisk-core-sounds).
-English and Spanish: Allison Smith; French: June Wallack (CC BY-SA 3.0). Italian: Carlo Flora; Russian: provided by
-Maxim Topal, ivrvoice.ru (CC BY 3.0). Changes made here: decoded, trimmed, transcripts normalised."""
-MIRRORS = ("https://deb.debian.org/debian/pool/main/a/asterisk-core-sounds/",
-           "https://snapshot.debian.org/archive/debian/20250520T000000Z/pool/main/a/asterisk-core-sounds/")
-PACKAGES = {  # name after asterisk-core-sounds-: SHA-256
-    "en": "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
-    "es": "9afdab7f559f036649fb406e625899306ca1004df8ebe39c30bfbd5912d66f74",
-    "fr": "04c82c78c570c43a7136cbc5e2488d0c470b775468dff9fbce4a131b18cf1056",
-    "it": "3884d9457e12f21caa018c18f0d587df5d53ebea14b673d8453a134c5941ab3b",
-    "ru": "28a61616bb0cd3345a7ea532dec4df9f071e5d0fa9f8c1a563ea9669002f39ab",
-    "en-g722": "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
-    "es-g722": "e4e3b4281057d3b81b779298fd6be705f57411513955c518eed1bcaabbd615b8",
-    "fr-g722": "7add61d5e42279ecff1bbdf842a5a946ac3644fac9a0fe44384731aa7270c8e0",
-    "it-g722": "46b4cf7afc508a5fcfc051b7ea233251c0d195dd4ef83cc4b7facb4c6429b016",
-    "ru-g722": "673b4238a6b8269960f055d868c6a11083f7a0d00979167cb01554046b48ed9b",
-}
-LANGUAGES = ("en", "es", "fr", "it", "ru")
-
-
-def asterisk(root: Path) -> Speech:
-    """The embedded corpus: fetched, decoded and cached as root/asterisk.pt on first use."""
-    cache = root / "asterisk.pt"
-    if not cache.exists():
-        print(CREDIT)
-        files = {name: _members(_fetch(name, sha, root / "downloads")) for name, sha in PACKAGES.items()}
-        save(_decode(files), cache)
-    content = torch.load(cache, weights_only=True, mmap=True)
-    return Speech([Utterance(**u) for u in json.loads(content["utterances"])], held_out=(0.1, 0.2), sound=content["sound"])
-
-
-def _fetch(name, sha, downloads) -> bytes:
-    """A Debian package, from downloads/ if it is there, else from a mirror. Only a whole and right file is ever kept."""
-    file = f"asterisk-core-sounds-{name}_1.6.1-1_all.deb"
-    reasons = []
-    for mirror in ((downloads / file).resolve().as_uri(), *(m + file for m in MIRRORS)):
-        try:
-            with urllib.request.urlopen(mirror, timeout=60) as reply:
-                size = int(reply.headers["Content-Length"] or 0)
-                with tqdm.wrapattr(reply, "read", total=size, desc=file, disable=mirror.startswith("file:")) as bar:
-                    content = bar.read()
-            if hashlib.sha256(content).hexdigest() != sha:
-                raise OSError("not the expected file: its SHA-256 differs")
-        except OSError as error:
-            reasons.append(f"  {mirror}: {error}")
-            continue
-        downloads.mkdir(parents=True, exist_ok=True)
-        partial = downloads / f"{file}.{os.getpid()}.partial"
-        partial.write_bytes(content)
-        os.replace(partial, downloads / file)
-        return content
-    raise OSError(f"the embedded corpus could not be fetched:\n" + "\n".join(reasons) + f"\nTry again when there is a network, "
-                  f"or put {file} (Debian's, version 1.6.1-1) into {downloads}. {OWN_DATA}")
-
-
-def _members(package: bytes) -> dict[str, bytes]:
-    """The files in a Debian package: an ar archive, of which one member is a tar archive."""
-    at = 8                                                       # after the magic "!<arch>\n"
-    while at < len(package):
-        name, size = package[at : at + 16].decode().strip(), int(package[at + 48 : at + 58])
-        if name.startswith("data.tar"):
-            with tarfile.open(fileobj=io.BytesIO(package[at + 60 : at + 60 + size])) as tar:
-                return {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
-        at += 60 + size + size % 2
-    raise ValueError("a Debian package without data")
-
-
-def _decode(files) -> dict:
-    """Packages' members -> {"sound": int16 (all samples,), "utterances": JSON}, the content of the cache."""
-    transcripts = {}
-    for language in LANGUAGES:
-        path = f"./usr/share/doc/asterisk-core-sounds-{language}/core-sounds-{language}.txt.gz"
-        for line in gzip.decompress(files[language][path]).decode("utf-8-sig").splitlines():
-            prompt, colon, text = line.partition(":")
-            if colon and not line.startswith(";"):
-                transcripts[prompt.strip(), language] = text.strip()
-    # [bracketed] texts describe tones; so do the unbracketed ones of the same prompts in other languages.
-    tones = {prompt for (prompt, _), text in transcripts.items() if re.match(r"[\[(]", text)}
-
-    utterances, sounds, at = [], [], 0
-    sound_files = [(path, language, content) for language in LANGUAGES
-                   for path, content in sorted(files[f"{language}-g722"].items()) if path.endswith(".g722")]
-    for path, language, content in tqdm(sound_files, desc="decoding", unit=" prompts"):
-        prompt = path.split("/", 6)[-1].removesuffix(".g722")    # ./usr/share/asterisk/sounds/VOICE/PROMPT.g722
-        text = normalise(transcripts.get((prompt, language), ""))
-        sound = trim(torch.tensor(G722.G722(SAMPLE_RATE, 64_000).decode(content), dtype=torch.int16))
-        if text and prompt not in tones and MIN_SAMPLES <= len(sound) <= MAX_SECONDS * SAMPLE_RATE:
-            id = f"{language}/{prompt}"
-            utterances.append(Utterance(id, prompt, len(sound), text, language, start=at, stop=at + len(sound)))
-            sounds.append(sound)
-            at += len(sound)
-
-    # Prompts that say the same thing, in any language, belong to one group, or test texts would be heard in training.
-    group = {u.group: u.group for u in utterances}
-    def root_of(prompt):
-        return prompt if group[prompt] == prompt else root_of(group[prompt])
-    first_with_text = {}
-    for u in utterances:
-        group[root_of(u.group)] = root_of(first_with_text.setdefault(u.text, u.group))
-    for u in utterances:
-        u.group = root_of(u.group)
-    return {"sound": torch.cat(sounds), "utterances": json.dumps([asdict(u) for u in utterances])}
-
-
-def normalise(text: str) -> str:
-    """Lower case, composed characters; letters, digits and apostrophes are kept, all else becomes a space."""
-    text = unicodedata.normalize("NFC", text).lower().replace("’", "'")
-    return " ".join(re.sub(r"[^\w']|_", " ", text).split())
-
-
-def trim(sound: Tensor, floor_db=-40.0, margin=800) -> Tensor:
-    """Cut the silence at both ends of sound (samples,): all that lies floor_db below its loudest 20 ms, but for 50 ms."""
-    loudness = sound[: len(sound) // 320 * 320].float().view(-1, 320).pow(2).mean(1)  # (20 ms steps,)
-    loud = (loudness > loudness.max(dim=0, keepdim=True).values * 10 ** (floor_db / 10)).nonzero() if len(loudness) else loudness
-    if not len(loud):
-        return sound[:0]
-    return sound[max(int(loud[0]) * 320 - margin, 0) : (int(loud[-1]) + 1) * 320 + margin]
 
 
 if __name__ == "__main__":

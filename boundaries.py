@@ -1,0 +1,149 @@
+"""Phone-like segments without labels: where α should fire.
+
+Teacher frames x_1 .. x_S are quantised by k-means, and the path z_1 .. z_S through the codes is smoothed by a price γ on
+every change of code (Viterbi):
+
+    minimise over z   Σ_s |x_s - code(z_s)|² + γ Σ_s [z_s ≠ z_(s-1)]
+
+A segment is a run of one code. γ is bisected until the mean segment lasts as long as a phone, ~90 ms. Inside a segment of
+n frames the pseudo-α is 1/n, so that α adds up to one in every segment.
+
+Source: Chen, Meng and Lee 2023, section 2.2 (guidance); duration-penalised segmentation: Kamper and van Niekerk,
+"Towards unsupervised phone and word segmentation using self-supervised vector-quantized neural networks", Interspeech 2021.
+
+A file of boundaries has a line an utterance: its id, a tab, and the ends of its segments in seconds, separated by spaces.
+`segment` writes such a file, and pretrain.py --boundaries reads one from anywhere (forced alignments, say).
+`python boundaries.py` segments a prompt of the embedded corpus.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import Speech, pad
+from ofa_encoder import FRAME_MS, MIN_SAMPLES
+
+
+def frames_of(samples) -> int:
+    """How many frames the CNN makes of so many samples: one for the first 400, one for every 320 more."""
+    return (samples - MIN_SAMPLES) // 320 + 1
+
+
+def kmeans(x: Tensor, k: int, rounds=20, seed=0) -> Tensor:
+    """Lloyd's algorithm on x (N, D): codes (k, D)."""
+    codes = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:k]]
+    for _ in range(rounds):
+        nearest = torch.cdist(x, codes).argmin(1)                            # (N,)
+        sums = torch.zeros_like(codes).index_add_(0, nearest, x)
+        counts = nearest.bincount(minlength=len(codes))[:, None]
+        codes = torch.where(counts > 0, sums / counts.clamp(min=1), codes)
+    return codes
+
+
+def smooth(distances: Tensor, frames: Tensor, gamma: float) -> list[np.ndarray]:
+    """The cheapest path through distances (B, S, K) at price gamma a change: the ends of its segments, in frames."""
+    B, S, K = distances.shape
+    padding = torch.arange(S, device=distances.device) >= frames[:, None]
+    cost = distances[:, 0]                                                   # (B, K) of the best path that ends in each code
+    stays, origins = [], []
+    for s in range(1, S):
+        cheapest, origin = cost.min(1)                                       # (B,)
+        stay = (cost <= cheapest[:, None] + gamma) | padding[:, s, None]     # (B, K)
+        cost = torch.where(stay, cost, cheapest[:, None] + gamma) + distances[:, s].masked_fill(padding[:, s, None], 0)
+        stays.append(stay)
+        origins.append(origin)
+    code = cost.argmin(1)                                                    # (B,) then backwards:
+    starts = torch.zeros(B, S, dtype=torch.bool, device=distances.device)
+    for s in range(S - 1, 0, -1):
+        change = ~stays[s - 1].gather(1, code[:, None])[:, 0]
+        starts[:, s] = change
+        code = torch.where(change, origins[s - 1], code)
+    return [np.append(row[:n].nonzero()[0], n) for row, n in zip(starts.cpu().numpy(), frames.tolist())]
+
+
+@torch.no_grad()
+def segment(speech: Speech, teacher, path: Path, period_ms=90.0, clusters=100, device="cpu", seed=0):
+    """Write the file of boundaries of every utterance of speech, by the teacher's last layer."""
+
+    def features(indices):
+        waveforms, lengths = pad([speech[i] for i in indices])
+        x = teacher(waveforms.to(device), lengths.to(device))[-1].float()    # (B, S, D)
+        return x, torch.tensor([frames_of(n) for n in lengths.tolist()], device=device)
+
+    sample = np.random.default_rng(seed).permutation(len(speech))[:400]
+    sample = [features(sample[k : k + 16]) for k in range(0, len(sample), 16)]
+    frames = torch.cat([x[b, :n] for x, lengths in sample for b, n in enumerate(lengths)])
+    codes = kmeans(frames, min(clusters, len(frames)), seed=seed)
+    distances = [(torch.cdist(x, codes).square(), lengths) for x, lengths in sample]
+
+    low, high = 0.0, 20.0 * float(torch.cdist(frames[:1000], codes).min(1).values.square().mean())
+    for _ in range(14):
+        gamma = (low + high) / 2
+        segments = sum(len(ends) for d, lengths in distances for ends in smooth(d, lengths, gamma))
+        low, high = (gamma, high) if FRAME_MS * len(frames) / segments < period_ms else (low, gamma)
+
+    by_length = np.argsort([u.samples for u in speech.utterances])
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "w") as file:
+        for k in tqdm(range(0, len(by_length), 64), desc="pseudo-boundaries", unit=" batches"):
+            x, lengths = features(by_length[k : k + 64])
+            for i, ends in zip(by_length[k : k + 64], smooth(torch.cdist(x, codes).square(), lengths, gamma)):
+                file.write(f"{speech.utterances[i].id}\t{' '.join(f'{end * FRAME_MS / 1000:.2f}' for end in ends)}\n")
+    os.replace(partial, path)
+
+
+def cache_path(speech: Speech, teacher_name: str, period_ms: float, root) -> Path:
+    """Where segment's result is kept: another corpus, teacher or period has another name."""
+    key = json.dumps([[(u.id, u.samples) for u in speech.utterances], teacher_name, period_ms])
+    return Path(root) / f"boundaries-{hashlib.sha1(key.encode()).hexdigest()[:12]}.tsv"
+
+
+def read(path, speech: Speech) -> list[np.ndarray]:
+    """The ends of every utterance's segments, in frames, the last one its last frame. Raises ValueError that names a bad line."""
+    lines = {}
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        id, _, times = line.partition("\t")
+        try:
+            lines[id] = np.array([float(t) for t in times.split()])
+        except ValueError:
+            raise ValueError(f"{path}, line {number}: expected an id, a tab and seconds separated by spaces") from None
+        if not len(lines[id]) or not np.isfinite(lines[id]).all() or lines[id].min() < 0:
+            raise ValueError(f"{path}, line {number} ({id}): expected one or more times >= 0 in seconds")
+    missing = [u.id for u in speech.utterances if u.id not in lines]
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} of {len(speech)} utterances, among them {missing[0]}")
+    result = []
+    for u in speech.utterances:
+        frames = frames_of(u.samples)
+        ends = np.unique(np.round(lines[u.id] * 1000 / FRAME_MS).astype(np.int32).clip(1, frames))
+        result.append(ends if ends[-1] == frames else np.append(ends, np.int32(frames)))
+    return result
+
+
+def pseudo_alpha(ends: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Segment ends of a batch -> pseudo-α (B, S), and the segment's number (B, S) at each segment's last frame, 0 elsewhere."""
+    alpha = torch.zeros(len(ends), max((e[-1] for e in ends), default=1))
+    number = torch.zeros_like(alpha)
+    for b, e in enumerate(ends):
+        lengths = np.diff(e, prepend=0)
+        alpha[b, : e[-1]] = torch.from_numpy(np.repeat(1 / lengths, lengths))
+        number[b, e - 1] = torch.arange(1.0, len(e) + 1)
+    return alpha, number
+
+
+if __name__ == "__main__":
+    from data import load
+    from teachers import load_teacher
+
+    speech, path = load("asterisk"), Path("data/boundaries-example.tsv")
+    segment(speech, load_teacher("mfcc"), path)
+    ends = read(path, speech)
+    print(f"{len(speech)} utterances, mean segment {FRAME_MS * sum(e[-1] for e in ends) / sum(len(e) for e in ends):.1f} ms")
+    print(f"“{speech.utterances[0].text}” changes at", " ".join(f"{e * FRAME_MS}" for e in ends[0]), "ms")
