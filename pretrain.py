@@ -27,6 +27,7 @@ import os
 import platform
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -35,19 +36,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity, logsigmoid
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import boundaries
 from cif import expand
-from data import Speech, batches, load, loader, pad
+from data import batches, load, loader
+from evaluate import LAMS, evaluate, print_table
 from figures import utterance_figure
-from ofa_encoder import COMPRESSIONS, FRAME_MS, PRESETS, SAMPLE_RATE, OFAEncoder, check_lam, load_checkpoint, period_from_lam, save
+from ofa_encoder import (COMPRESSIONS, FRAME_MS, PRESETS, SAMPLE_RATE, OFAEncoder, check_lam, lam_from_period,
+                         load_checkpoint, period_from_lam, save)
 from teachers import initialise, load_teacher
-
-TABLE_LAMS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 
 
 def arguments():
@@ -117,6 +116,16 @@ class Distiller(nn.Module):
             losses.append((predicted - target).abs().mean(2) - logsigmoid(cosine_similarity(predicted, target, dim=2)))
         return out, torch.stack(losses), covered
 
+    @classmethod
+    def from_checkpoint(cls, path):
+        """The encoder and heads in a checkpoint.pt of pretrain.py, in eval mode, and the arguments of its run."""
+        content = load_checkpoint(path)
+        if "heads" not in content:
+            raise ValueError(f"{path} holds no heads: give the checkpoint.pt that pretrain.py writes, not encoder.pt")
+        distiller = cls(OFAEncoder.from_checkpoint(path), [len(v) for k, v in content["heads"].items() if k.endswith("bias")])
+        distiller.heads.load_state_dict(content["heads"])
+        return distiller.eval(), content["args"]
+
 
 def guidance(alpha, pseudo, number):
     """Summed frame and segment losses of α (B, S); pseudo-α and segment numbers (B, S) from boundaries.pseudo_alpha."""
@@ -131,50 +140,150 @@ def draw_lam(args, step, mean_alpha) -> float:
     lam_max = min(args.lam_max, 1.99)
     if args.lam_distribution == "uniform":
         return u * lam_max
-    from ofa_encoder import lam_from_period
     return lam_from_period(FRAME_MS + u * (period_from_lam(lam_max, mean_alpha) - FRAME_MS), mean_alpha)
 
 
-@torch.no_grad()
-def evaluate(distiller, teacher, speech: Speech, lams, device, count_flops=False):
-    """Rows of a table, one a λ: measured frame period, distillation loss per layer, cost; and mean α over all frames."""
-    distiller.eval()
-    encoder, rows = distiller.encoder, []
-    order = np.argsort([u.samples for u in speech.utterances])
-    for lam in lams:
-        losses, covered_frames, frames, tokens, mass = 0, 0, 0, 0, 0
-        for k in range(0, len(order), 16):
-            waveforms, lengths = (t.to(device) for t in pad([speech[i] for i in order[k : k + 16]]))
-            out, loss, covered = distiller(waveforms, lengths, teacher(waveforms, lengths), lam)
-            losses, covered_frames = losses + (loss * covered).sum((1, 2)), covered_frames + covered.sum()
-            valid = torch.arange(out.alpha.shape[1], device=device) < out.frames[:, None]
-            frames, tokens, mass = frames + out.frames.sum().item(), tokens + out.lengths.sum().item(), mass + (out.alpha * valid).sum().item()
-        row = {"lam": lam, "period_ms": FRAME_MS * frames / tokens, "closed_form_ms": None,
-               "tokens_per_s": 1000 / FRAME_MS * tokens / frames, "distillation": (losses / covered_frames).tolist()}
-        if count_flops:
-            row["transformer_gflops_per_s"] = transformer_gflops(encoder, [speech[i] for i in order[:: max(1, len(order) // 20)]], lam, device)
-        rows.append(row)
-    distiller.train()
-    for row in rows:
-        row["closed_form_ms"] = period_from_lam(row["lam"], mass / frames) if encoder.config.compression == "cif" else FRAME_MS * frames / mass
-    return rows, mass / frames
+# Flags that may differ when a run is resumed: they change where it runs, not what it computes.
+FREE = {"resume", "device", "workers", "save_every", "root", "out"}
 
 
-def transformer_gflops(encoder, waveforms, lam, device):
-    """GFLOPs (a multiply-add is two) in positions and Transformer layers, per second of speech, each utterance alone."""
-    flops = 0
-    for waveform in waveforms:
-        x = encoder.encoder.feature_projection.projection(encoder(waveform[None].to(device), lam=lam).fired.tokens)
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted on CPUs
-            encoder.transform(x, torch.ones(x.shape[:2], dtype=torch.bool, device=device))
-        flops += counter.get_total_flops()
-    return flops / 1e9 / (sum(map(len, waveforms)) / SAMPLE_RATE)
+def main():
+    args = arguments()
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = pick_device(args.device)
+    if world > 1:  # the others wait while rank 0 fetches the corpus and finds boundaries
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists() and not args.resume:
+        raise ValueError(f"{checkpoint} is the checkpoint of an earlier run: go on with it by --resume, or choose another --out")
+    if world > 1 and rank > 0:
+        dist.barrier()
+    speech = load(args.data, args.root)
+    teacher = load_teacher(args.teacher, args.teacher_layers, args.teacher_heads).to(device)
+    path = args.boundaries or boundaries.cache_path(speech, args.teacher, args.segment_ms, args.root)
+    if not args.boundaries and not path.exists():
+        boundaries.segment(speech, teacher, path, args.segment_ms, device=device, seed=args.seed)
+    train = speech.part("train")
+    ends = boundaries.read(path, train)
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+    torch.manual_seed(args.seed)
+    encoder = OFAEncoder(replace(PRESETS[args.preset], layers=args.layers, compression=args.compression))
+    copied = initialise(encoder, teacher)
+    model = Distiller(encoder, teacher.dims).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    first = resume(checkpoint, model, optimizer, args) if checkpoint.exists() else 0
+    if rank == 0:
+        print(f"{args.preset} encoder, {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters ({copied / 1e6:.2f} M "
+              f"from the teacher); {len(train)} utterances, {train.seconds / 3600:.2f} h; {world} x {device}, "
+              f"{'bf16' if use_bf16(args, device) else 'fp32'}; steps {first} to {args.steps}")
+    train_loop(args, model, optimizer, teacher, train, ends, first, device, rank, world, checkpoint)
+    if rank == 0:
+        report(args, model, teacher, speech.part("test"), device, out)
+    if world > 1:
+        dist.destroy_process_group()
 
 
-def print_table(rows, mean_alpha, layers):
-    print(f"held-out speech, mean α = {mean_alpha:.4f}\n"
-          f"    λ   period  closed form  tokens  {'  '.join(f'loss {layer}' for layer in layers)}  Transformer\n"
-          f"            ms           ms    a second  {'          ' * (len(layers) - 1)}          GFLOPs / s of speech")
-    for row in rows:
-        print(f" {row['lam']:4.2f} {row['period_ms']:8.1f} {row['closed_form_ms']:12.1f} {row['tokens_per_s']:7.1f} "
-              + "".join(f"{loss:10.3f}" for loss in row["distillation"]) + f"{row['transformer_gflops_per_s']:13.3f}")
+def train_loop(args, model, optimizer, teacher, train, ends, first, device, rank, world, checkpoint):
+    mean_alpha = sum(len(e) for e in ends) / sum(int(e[-1]) for e in ends)                # of the pseudo-α
+    parts = args.accumulate
+    plan = lambda: islice(batches(train, args.batch_seconds, args.seed), first, args.steps)
+    dealt = (batch[rank + world * part :: world * parts] for batch in plan() for part in range(parts))
+    arriving = loader(train, dealt, args.workers)
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+    bar = tqdm(plan(), total=args.steps, initial=first, desc="pre-training", disable=rank > 0, smoothing=0.05)
+    started, heard = time.time(), 0.0
+    for step, batch in enumerate(bar, first):
+        lam = draw_lam(args, step, mean_alpha)
+        torch.manual_seed(hash((args.seed, step, rank)))                                 # dropout
+        n_frames, n_segments = sum(int(ends[i][-1]) for i in batch), sum(len(ends[i]) for i in batch)
+        total, period = 0.0, 0.0
+        for part in range(parts):
+            used, waveforms, lengths = next(arriving)
+            waveforms, lengths = waveforms.to(device), lengths.to(device)
+            pseudo, number = (t.to(device) for t in boundaries.pseudo_alpha([ends[i] for i in used]))
+            targets = teacher(waveforms, lengths)
+            if world > 1:
+                parallel.require_backward_grad_sync = part == parts - 1                  # gradients are exchanged once a step
+            with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(args, device)):
+                encoded, distillation, covered = parallel(waveforms, lengths, targets, lam)
+            loss = (distillation * covered).sum() / n_frames
+            if args.compression == "cif":
+                frame, segment = guidance(encoded.alpha, pseudo, number)
+                loss = loss + 0.5 * frame / n_frames + 0.05 * segment / n_segments
+                if args.quantity:
+                    mean = (encoded.alpha * (pseudo > 0)).sum(1) / encoded.frames
+                    loss = loss + args.quantity * (mean - FRAME_MS / args.segment_ms).abs().sum() / len(batch)
+            loss = loss * bool(used)                                                     # nothing to hear: no gradient
+            (loss * world).backward()                                                    # DDP averages, the loss is a sum
+            total, period = total + loss.item(), encoded.frame_period()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        if not norm.isfinite():
+            raise FloatingPointError(f"step {step}, λ = {lam:.3f}: loss {total}, gradient {norm.item()}, utterances "
+                                     f"{[train.utterances[i].id for i in batch]}; the last good checkpoint is {checkpoint}")
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min((step + 1) / args.warmup, (args.steps - step) / max(1, args.steps - args.warmup), 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        heard += sum(train.utterances[i].samples for i in batch) / SAMPLE_RATE
+        bar.set_postfix_str(f"loss {total * world:.3f}, λ {lam:.2f}, {period:.0f} ms, {heard / (time.time() - started):.0f} s/s")
+        if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+            save({**model.encoder.checkpoint(), "heads": model.heads.state_dict(), "optimizer": optimizer.state_dict(),
+                  "step": step + 1, "args": vars(args)}, checkpoint)
+
+
+def resume(checkpoint, model, optimizer, args) -> int:
+    """Load a checkpoint of the same run into model and optimizer; returns the step with which to go on."""
+    content = load_checkpoint(checkpoint)
+    if "optimizer" not in content:
+        raise ValueError(f"{checkpoint} can't be resumed: pretrain.py did not write it")
+    differ = {k: (v, content["args"].get(k)) for k, v in vars(args).items() if k not in FREE and content["args"].get(k) != v}
+    if differ:
+        raise ValueError(f"{checkpoint} is of another run (flag: now, then): {differ}. Choose another --out")
+    model.encoder.load_state_dict(content["encoder"])
+    model.heads.load_state_dict(content["heads"])
+    optimizer.load_state_dict(content["optimizer"])
+    return content["step"]
+
+
+def report(args, model, teacher, speech, device, out):
+    """Table, table.json, encoder.pt and figure.png of the finished run."""
+    lams = LAMS if args.compression == "cif" and args.lam is None else (args.lam,)
+    rows, mean_alpha = evaluate(model, teacher, speech, lams, device)
+    model.encoder.mean_alpha.fill_(mean_alpha)
+    save(model.encoder.checkpoint(), out / "encoder.pt")
+    print_table(rows, mean_alpha, teacher.layers)
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {device}, torch {torch.__version__}"
+    table = {"rows": rows, "mean_alpha": mean_alpha, "args": vars(args), "machine": machine, "date": time.strftime("%Y-%m-%d")}
+    (out / "table.json").write_text(json.dumps(table, indent=1))
+    # An utterance of three seconds or so shows most.
+    shown = min(range(len(speech)), key=lambda i: (speech.utterances[i].language not in ("en", ""), abs(speech.utterances[i].samples - 48_000)))
+    model.to("cpu").eval()
+    utterance_figure(model.encoder, speech[shown], speech.utterances[shown].text, lams[1:6:2] or lams, out / "figure.png")
+    print(f"wrote {out}/encoder.pt (load it with OFAEncoder.from_checkpoint), table.json and figure.png")
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {name}: torch finds none here")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+
+
+def use_bf16(args, device):
+    fast = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else device.type == "cuda"
+    return args.precision == "bf16" or args.precision == "auto" and fast
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"pretrain.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("pretrain.py: stopped; the same command with --resume goes on from the last checkpoint")
