@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 import torchaudio
 from torch import Tensor, nn
-from torch.nn.functional import gelu, relu
+from torch.nn.functional import gelu, pad, relu
 
 from cif import Fired, cif
 
@@ -249,31 +249,20 @@ def save(content, path):
 def cnn_features(extractor, waveforms, lengths):
     """HuBERT's CNN on waveforms (B, samples) -> frames (B, S, C) and their number (B,).
 
-    As torchaudio's FeatureExtractor, but the first layer's GroupNorm (one group a channel) takes its mean and variance over
-    time from the valid frames only. Taken over the padding too, as in fairseq and torchaudio, they make an utterance's
-    features depend on its company.
+    As torchaudio's FeatureExtractor, but the first layer's GroupNorm (one group a channel) sees each utterance alone. Its mean
+    and variance over time, taken over the padding too as in fairseq and torchaudio, would depend on the utterance's company.
     """
     x = waveforms.masked_fill(torch.arange(waveforms.shape[1], device=waveforms.device) >= lengths[:, None], 0)[:, None]
     for layer in extractor.conv_layers:
         x = layer.conv(x)                                                          # (B, C, S) of this layer
         lengths = (lengths - layer.kernel_size) // layer.stride + 1
         if isinstance(layer.layer_norm, nn.GroupNorm):
-            x = group_norm_of_valid(x, lengths, layer.layer_norm)
+            rows = [layer.layer_norm(row[None, :, :n]) for row, n in zip(x, lengths.tolist())]
+            x = torch.cat([pad(row, (0, x.shape[2] - row.shape[2])) for row in rows])
         elif layer.layer_norm is not None:
             x = layer.layer_norm(x)
         x = gelu(x)
     return x.transpose(1, 2), lengths
-
-
-def group_norm_of_valid(x, lengths, norm):
-    """norm, a GroupNorm with one group a channel, on x (B, C, S) with statistics over the valid part of S."""
-    valid = (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None]  # (B, 1, S)
-    x = x.float()
-    count = lengths[:, None, None]
-    mean = (x * valid).sum(2, keepdim=True) / count                                # (B, C, 1)
-    centred = (x - mean) * valid
-    scale = norm.weight[:, None] * (centred.square().sum(2, keepdim=True) / count + norm.eps).rsqrt()
-    return centred * scale + norm.bias[:, None]
 
 
 if __name__ == "__main__":

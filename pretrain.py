@@ -263,7 +263,7 @@ def report(args, model, teacher, speech, device, out):
     # An utterance of three seconds or so shows most.
     shown = min(range(len(speech)), key=lambda i: (speech.utterances[i].language not in ("en", ""), abs(speech.utterances[i].samples - 48_000)))
     model.to("cpu").eval()
-    utterance_figure(model.encoder, speech[shown], speech.utterances[shown].text, lams[1:6:2] or lams, out / "figure.png")
+    utterance_figure(model.encoder, speech[shown], speech.utterances[shown].text, (0.25, 0.5, 1.0) if len(lams) > 1 else lams, out / "figure.png")
     print(f"wrote {out}/encoder.pt (load it with OFAEncoder.from_checkpoint), table.json and figure.png")
 
 
