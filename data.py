@@ -70,11 +70,11 @@ class Speech(torch.utils.data.Dataset):
     def part(self, split: str) -> "Speech":
         """The utterances of "train", "valid" or "test". Which group goes where depends on the corpus alone: groups are
         taken in the order of a hash of their names, first for test, then for valid, until these hold their share."""
-        valid, test = (share * len(self) for share in self.held_out)
-        sizes, seen, side = Counter(u.group for u in self.utterances), 0, {}
+        wanted = {"test": self.held_out[1] * len(self), "valid": self.held_out[0] * len(self)}
+        sizes, held, side = Counter(u.group for u in self.utterances), Counter(), {}
         for group in sorted(sizes, key=lambda g: hashlib.sha1(g.encode()).digest()):
-            side[group] = "test" if seen < test else "valid" if seen < valid + test else "train"
-            seen += sizes[group]
+            side[group] = next((name for name in wanted if held[name] < wanted[name]), "train")
+            held[side[group]] += sizes[group]
         if set(side.values()) != set(SPLITS):
             raise ValueError(f"{len(self)} utterances in {len(sizes)} groups (folders, speakers) are too few to hold some "
                              "out for validation and test: add files, or put them into one folder")

@@ -50,8 +50,7 @@ def modify_alpha(alpha, lam):
 
 def period_from_lam(lam, mean_alpha) -> float:
     """Mean frame period in ms at λ, for speech whose mean α is mean_alpha."""
-    check_lam(lam)
-    return FRAME_MS / float(modify_alpha(torch.tensor(float(mean_alpha), dtype=torch.float64), float(lam)))
+    return FRAME_MS / modify_alpha(torch.tensor(float(mean_alpha), dtype=torch.float64), check_lam(lam)).item()
 
 
 def lam_from_period(period_ms, mean_alpha) -> float:
@@ -62,9 +61,11 @@ def lam_from_period(period_ms, mean_alpha) -> float:
     return (1 - rate) / (1 - mean_alpha) if rate >= mean_alpha else 2 - rate / mean_alpha
 
 
-def check_lam(lam):
-    if not 0 <= float(lam) < 2:
-        raise ValueError(f"λ is {float(lam):g}, expected 0 <= λ < 2 (0: a token every 20 ms, 1: about one a phone)")
+def check_lam(lam) -> float:
+    lam = torch.as_tensor(lam).detach().item()
+    if not 0 <= lam < 2:
+        raise ValueError(f"λ is {lam:g}, expected 0 <= λ < 2 (0: a token every 20 ms, 1: about one a phone)")
+    return lam
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,8 @@ class OFAEncoder(nn.Module):
         return [h * valid[:, :, None] for h in hidden_states]
 
     def _check(self, waveforms, lengths, lam):
-        check_lam(lam)
-        if float(lam) != 0 and self.config.compression != "cif":
-            raise ValueError(f"λ is {float(lam):g}, but this encoder has one fixed rate ({self.config.compression}): "
+        if check_lam(lam) != 0 and self.config.compression != "cif":
+            raise ValueError(f"λ is {check_lam(lam):g}, but this encoder has one fixed rate ({self.config.compression}): "
                              "leave λ at 0")
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
             raise ValueError(f"waveforms has shape {tuple(waveforms.shape)} and type {waveforms.dtype}, "
@@ -199,9 +199,11 @@ class OFAEncoder(nn.Module):
         if B == 0 or (lengths < MIN_SAMPLES).any() or (lengths > N).any():
             raise ValueError(f"waveforms of {lengths.tolist()} samples (padded to {N}), "
                              f"expected {MIN_SAMPLES} (25 ms at 16 kHz) or more")
-        if not waveforms.isfinite().all():
+        lengths = lengths.to(waveforms.device)
+        padding = torch.arange(N, device=waveforms.device) >= lengths[:, None]
+        if not (waveforms.isfinite() | padding).all():
             raise ValueError("waveforms holds NaN or infinite samples")
-        return lengths.to(waveforms.device)
+        return lengths
 
     def lam_for(self, period_ms) -> float:
         """λ for a wanted mean frame period in ms, by the mean α measured when this encoder was pre-trained."""

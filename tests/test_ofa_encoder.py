@@ -1,0 +1,195 @@
+"""ofa_encoder.py against torchaudio's own model, the closed form, and itself alone, padded and in company."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from data import pad
+from ofa_encoder import PRESETS, Config, OFAEncoder, cnn_features, lam_from_period, load_checkpoint, modify_alpha, period_from_lam, save
+
+SMALL = Config(channels=(32,) * 7, dim=64, heads=2, ff=96, layers=2, pos_kernel=16, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return OFAEncoder(PRESETS["tiny"]).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(asterisk):
+    return [asterisk[i] for i in (0, 700, 1300, 1900, 2500)]  # five languages, five lengths
+
+
+def small(compression="cif"):
+    torch.manual_seed(0)
+    return OFAEncoder(Config(**{**SMALL.__dict__, "compression": compression})).eval()
+
+
+@pytest.mark.parametrize("lam, expected", [(0, 1.0), (0.25, 0.75 + 0.25 * 0.2), (1, 0.2), (1.5, 0.1), (1.999, 0.0002)])
+def test_modified_alpha(lam, expected):
+    assert modify_alpha(torch.tensor([0.2]), lam).item() == pytest.approx(expected, rel=1e-4)
+
+
+@given(st.floats(0, 1.999), st.floats(0.01, 0.99))
+def test_lam_and_period_are_inverse(lam, mean_alpha):
+    assert lam_from_period(period_from_lam(lam, mean_alpha), mean_alpha) == pytest.approx(lam, abs=1e-6)
+
+
+def test_design_examples():
+    assert period_from_lam(0, 0.22) == 20 and period_from_lam(1, 20 / 90) == pytest.approx(90)
+    assert period_from_lam(1.5, 20 / 90) == pytest.approx(180) and lam_from_period(50, 20 / 90) == pytest.approx((1 - 0.4) / (1 - 20 / 90))
+    for bad in (19, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="frame period"):
+            lam_from_period(bad, 0.22)
+
+
+@torch.no_grad()
+def test_uncompressed_is_torchaudios_model(prompts):
+    """Same weights, one utterance at a time: the same frames and the same layers as torchaudio's Wav2Vec2Model."""
+    import torchaudio
+    ours = small("none")
+    theirs = torchaudio.models.Wav2Vec2Model(ours.feature_extractor, ours.encoder).eval()
+    for waveform in prompts[:2]:
+        expected, _ = theirs.extract_features(waveform[None])
+        hidden = ours(waveform[None]).hidden_states
+        for a, b in zip(hidden[1:], expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_lam_0_is_the_uncompressed_model(prompts):
+    cif, none = small("cif"), small("none")
+    none.load_state_dict(cif.state_dict(), strict=False)
+    waveforms, lengths = pad(prompts[:3])
+    for a, b in zip(cif(waveforms, lengths, 0.0).hidden_states, none(waveforms, lengths).hidden_states):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [2, 4])
+def test_average_is_average_pooling(prompts, k):
+    encoder = small(f"average{k}")
+    out = encoder(prompts[0][None])
+    x, _ = cnn_features(encoder.feature_extractor, prompts[0][None], torch.tensor([len(prompts[0])]))
+    x = encoder.encoder.feature_projection.layer_norm(x)
+    pooled = torch.nn.functional.avg_pool1d(x.transpose(1, 2), k).transpose(1, 2)
+    torch.testing.assert_close(out.fired.tokens[:, : pooled.shape[1]], pooled)
+    assert out.lengths.item() - pooled.shape[1] == (x.shape[1] % k >= k / 2)  # a tail of half a token or more fires
+    assert out.frame_period() == pytest.approx(20 * k, rel=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0, 1.7])
+def test_same_alone_padded_and_in_any_batch(encoder, prompts, lam):
+    waveforms, lengths = pad(prompts)
+    waveforms = torch.cat([waveforms, torch.full((len(prompts), 5000), torch.nan)], 1)  # padding may hold anything
+    waveforms = torch.where(torch.arange(waveforms.shape[1]) < lengths[:, None], waveforms, torch.nan)
+    together = encoder(waveforms, lengths, lam)
+    for b, waveform in enumerate(prompts):
+        alone = encoder(waveform[None], lam=lam)
+        n, frames = alone.lengths[0], alone.frames[0]
+        assert together.lengths[b] == n and together.frames[b] == frames
+        assert (together.alpha[b, :frames] - alone.alpha[0]).abs().max() <= 1e-5
+        for a, c in zip(together.hidden_states, alone.hidden_states, strict=True):
+            assert (a[b, :n] - c[0]).abs().max() <= 1e-5 and not a[b, n:].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lam", [0.25, 0.5, 0.75, 1.0, 1.5])
+def test_frame_period_follows_the_closed_form(encoder, prompts, lam):
+    waveforms, lengths = pad([torch.cat(prompts)] * 2)
+    out = encoder(waveforms, lengths, lam)
+    assert out.frame_period() == pytest.approx(period_from_lam(lam, out.alpha.mean()), rel=0.05)
+
+
+@settings(max_examples=30, deadline=None)
+@given(samples=st.integers(400, 3000), lam=st.floats(0, 1.9999), seed=st.integers(0, 9))
+def test_every_waveform_has_a_token(encoder, samples, lam, seed):
+    waveform = torch.randn(1, samples, generator=torch.Generator().manual_seed(seed)) * (seed > 0)  # seed 0: silence
+    with torch.no_grad():
+        out = encoder(waveform, lam=lam)
+    assert out.lengths.item() >= 1 and out.hidden_states[-1].isfinite().all()
+
+
+def test_lam_gets_a_gradient(encoder, prompts):
+    lam = torch.tensor(0.6, requires_grad=True)
+    encoder(prompts[0][None], lam=lam).hidden_states[-1].square().mean().backward()
+    assert lam.grad.isfinite() and lam.grad != 0
+
+
+def test_bf16_autocast(encoder, prompts):
+    with torch.autocast("cpu", torch.bfloat16):
+        out = encoder(prompts[0][None], lam=0.5)
+    assert out.alpha.dtype == torch.float32 and out.hidden_states[-1].isfinite().all()
+
+
+sound = torch.zeros(2, 800)
+@pytest.mark.parametrize("arguments, message", [
+    ((sound[0],), r"waveforms has shape \(800,\)"),
+    ((sound.int(),), "int32"),
+    ((sound[:, :399],), "399"),
+    ((sound[:0],), "waveforms of"),
+    ((sound, torch.tensor([800, 399])), "399"),
+    ((sound, torch.tensor([800, 801])), "801"),
+    ((sound, torch.tensor([800])), r"lengths has shape \(1,\)"),
+    ((sound, torch.tensor([800.0, 800.0])), "lengths .*float32"),
+    ((sound * torch.nan,), "NaN"),
+    ((sound, None, 2.0), "λ is 2"),
+    ((sound, None, -0.1), "λ is -0.1"),
+    ((sound, None, float("nan")), "λ is nan"),
+    ((sound, None, torch.tensor(2.5)), "λ is 2.5"),
+])
+def test_bad_input_is_named(encoder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        encoder(*arguments)
+
+
+def test_fixed_rate_refuses_lam_and_unknown_compression():
+    with pytest.raises(ValueError, match="one fixed rate"):
+        small("average2")(sound, lam=0.5)
+    with pytest.raises(ValueError, match="average3"):
+        small("average3")
+
+
+def test_checkpoint_round_trip(prompts, tmp_path):
+    encoder = small()
+    encoder.mean_alpha.fill_(0.25)
+    save(encoder.checkpoint(), tmp_path / "e.pt")
+    again = OFAEncoder.from_checkpoint(tmp_path / "e.pt")
+    assert not again.training and again.config == encoder.config and again.lam_for(40) == pytest.approx(2 / 3)
+    with torch.no_grad():
+        assert torch.equal(again(prompts[0][None], lam=0.5).hidden_states[-1], encoder(prompts[0][None], lam=0.5).hidden_states[-1])
+    half = {**encoder.checkpoint(), "encoder": {k: v.half() for k, v in encoder.state_dict().items()}}
+    save(half, tmp_path / "half.pt")
+    assert all(p.dtype == torch.float32 for p in OFAEncoder.from_checkpoint(tmp_path / "half.pt").parameters())
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("payload-was-run",)
+
+
+def test_foreign_checkpoints_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(small().checkpoint(), "good.pt")
+    (tmp_path / "truncated.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:5000])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "payload.pt").write_bytes(pickle.dumps(Payload()))
+    torch.save({"model": 1}, "foreign.pt")
+    torch.save([1, 2], "list.pt")
+    torch.save({**small().checkpoint(), "config": {**small().checkpoint()["config"], "dim": 128}}, "other-size.pt")
+    for name in ("missing", "truncated", "text", "payload", "foreign", "list", "other-size"):
+        with pytest.raises(ValueError, match=f"{name}.pt"):
+            OFAEncoder.from_checkpoint(f"{name}.pt")
+    assert not os.path.exists("payload-was-run")
+
+
+def test_save_is_all_or_nothing(tmp_path):
+    save({"a": 1}, tmp_path / "x.pt")
+    with pytest.raises(Exception):
+        save({"a": lambda: 1}, tmp_path / "x.pt")  # can't be pickled: fails half-way
+    assert load_checkpoint(tmp_path / "x.pt") == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
