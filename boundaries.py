@@ -8,7 +8,7 @@ every change of code (Viterbi):
 A segment is a run of one code. γ is bisected until the mean segment lasts as long as a phone, ~90 ms. Inside a segment of
 n frames the pseudo-α is 1/n, so that α adds up to one in every segment.
 
-Source: Chen, Meng and Lee 2023, section 2.2 (guidance); duration-penalised segmentation: Kamper and van Niekerk,
+Source: Chen, Meng and Lee, ICASSP 2023 (guidance); duration-penalised segmentation: Kamper and van Niekerk,
 "Towards unsupervised phone and word segmentation using self-supervised vector-quantized neural networks", Interspeech 2021.
 
 A file of boundaries has a line an utterance: its id, a tab, and the ends of its segments in seconds, separated by spaces.

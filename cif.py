@@ -53,7 +53,7 @@ def cif(x, alpha, lengths=None, *, threshold=1.0, tail_threshold=0.5, target_len
     target_lengths (B,): rescale each utterance's α so that exactly so many tokens fire and no tail is left.
 
     Differentiable in x and alpha. Raises ValueError that names the argument at fault.
-    Source: Dong and Xu 2020, Algorithm 1; target_lengths is their scaling strategy (section 3.2).
+    Source: Dong and Xu 2020, Algorithm 1; target_lengths is their scaling strategy.
     """
     alpha, lengths, slack = _prepare(x, alpha, lengths, threshold, tail_threshold, target_lengths)
     B, S, C = x.shape

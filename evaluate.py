@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import Speech, pad
 from ofa_encoder import CONSTANT_ALPHA, FRAME_MS, SAMPLE_RATE, period_from_lam
 
-LAMS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # 20, 25, 33, 50, 90 and 180 ms where mean α is 20 / 90
+PERIODS_MS = (20, 25, 33, 50, 90, 180)
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ if __name__ == "__main__":
     try:
         distiller, args = Distiller.from_checkpoint(path)
         teacher = load_teacher(args["teacher"], args["teacher_layers"], args["teacher_heads"])
-        lams = LAMS if args["compression"] == "cif" else (0.0,)
+        lams = [distiller.encoder.lam_for(ms) for ms in PERIODS_MS] if args["lam"] is None else (args["lam"],)
         print_table(*evaluate(distiller, teacher, load(args["data"], args["root"]).part("test"), lams), teacher.layers)
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")

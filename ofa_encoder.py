@@ -15,7 +15,7 @@ Compression is chosen by a word. With "cif" it follows λ. The fixed-rate peers 
 "none" (1; DistilHuBERT), "average2" and "average4" (1/2 and 1/4: average pooling, as fixed-length subsampling does).
 
 Sources: once-for-all and α′: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models",
-ICASSP 2023, section 2. Fixed- and variable-length subsampling: Meng et al., "On compressing sequences for
+ICASSP 2023. Fixed- and variable-length subsampling: Meng et al., "On compressing sequences for
 self-supervised speech models", SLT 2022. The student: Chang et al., "DistilHuBERT", ICASSP 2022. CNN, positions and
 layers are torchaudio's wav2vec 2.0 modules, so HuBERT's weights fit by name.
 
@@ -43,7 +43,7 @@ COMPRESSIONS = ("cif", *CONSTANT_ALPHA)
 
 
 def modify_alpha(alpha, lam):
-    """α′ from alpha (any shape) and λ in [0, 2), a float or a scalar tensor with gradient. OFA, section 2.3."""
+    """α′ from alpha (any shape) and λ in [0, 2), a float or a scalar tensor with gradient.."""
     lam = torch.as_tensor(lam, dtype=alpha.dtype, device=alpha.device)
     return relu(1 - lam) + (relu(lam) - 2 * relu(lam - 1)) * alpha
 

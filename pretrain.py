@@ -3,8 +3,8 @@
 The student encodes a batch at λ, which shortens it; `expand` spreads its last hidden states back over the frames, and one
 linear head per taught layer predicts the teacher's vectors h there. α is guided by pseudo-boundaries (boundaries.py):
 
-    loss = Σ_layers mean over frames of  |ĥ - h|₁ / D - log σ(cos(ĥ, h))            distillation (DistilHuBERT, section 3)
-         + 0.5  · mean over frames of    |α_s - pseudo-α_s|                         frame guidance (OFA, section 2.2)
+    loss = Σ_layers mean over frames of  |ĥ - h|₁ / D - log σ(cos(ĥ, h))            distillation (DistilHuBERT)
+         + 0.5  · mean over frames of    |α_s - pseudo-α_s|                         frame guidance (OFA)
          + 0.05 · mean over segments of  |α_1 + … + α_e(i) - i|                     i-th segment, which ends at frame e(i)
          + q    · mean over utterances of |mean α - target|                         quantity, optional (--quantity q)
 
@@ -42,7 +42,7 @@ from tqdm import tqdm
 import boundaries
 from cif import expand
 from data import batches, load, loader
-from evaluate import LAMS, evaluate, print_table
+from evaluate import PERIODS_MS, evaluate, print_table
 from figures import utterance_figure
 from ofa_encoder import (COMPRESSIONS, FRAME_MS, PRESETS, SAMPLE_RATE, OFAEncoder, check_lam, lam_from_period,
                          load_checkpoint, period_from_lam, save)
@@ -183,7 +183,7 @@ def main():
               f"{'bf16' if use_bf16(args, device) else 'fp32'}; steps {first} to {args.steps}")
     train_loop(args, model, optimizer, teacher, train, ends, first, device, rank, world, checkpoint)
     if rank == 0:
-        report(args, model, teacher, speech.part("test"), device, out)
+        report(args, model, teacher, speech, device, out)
     if world > 1:
         dist.destroy_process_group()
 
@@ -194,7 +194,7 @@ def train_loop(args, model, optimizer, teacher, train, ends, first, device, rank
     plan = lambda: islice(batches(train, args.batch_seconds, args.seed), first, args.steps)
     dealt = (batch[rank + world * part :: world * parts] for batch in plan() for part in range(parts))
     arriving = loader(train, dealt, args.workers)
-    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     bar = tqdm(plan(), total=args.steps, initial=first, desc="pre-training", disable=rank > 0, smoothing=0.05)
     started, heard = time.time(), 0.0
     for step, batch in enumerate(bar, first):
@@ -252,18 +252,21 @@ def resume(checkpoint, model, optimizer, args) -> int:
 
 def report(args, model, teacher, speech, device, out):
     """Table, table.json, encoder.pt and figure.png of the finished run."""
-    lams = LAMS if args.compression == "cif" and args.lam is None else (args.lam,)
-    rows, mean_alpha = evaluate(model, teacher, speech, lams, device)
-    model.encoder.mean_alpha.fill_(mean_alpha)
-    save(model.encoder.checkpoint(), out / "encoder.pt")
+    encoder = model.encoder
+    _, mean_alpha = evaluate(model, teacher, speech.part("valid"), (args.lam or 0.0,), device)
+    encoder.mean_alpha.fill_(mean_alpha)                                                 # from now on, ask in ms
+    save(encoder.checkpoint(), out / "encoder.pt")
+    lams = [encoder.lam_for(ms) for ms in PERIODS_MS] if args.lam is None else [args.lam]
+    test = speech.part("test")
+    rows, mean_alpha = evaluate(model, teacher, test, lams, device)
     print_table(rows, mean_alpha, teacher.layers)
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {device}, torch {torch.__version__}"
     table = {"rows": rows, "mean_alpha": mean_alpha, "args": vars(args), "machine": machine, "date": time.strftime("%Y-%m-%d")}
     (out / "table.json").write_text(json.dumps(table, indent=1))
-    # An utterance of three seconds or so shows most.
-    shown = min(range(len(speech)), key=lambda i: (speech.utterances[i].language not in ("en", ""), abs(speech.utterances[i].samples - 48_000)))
+    # An English utterance of three seconds or so, if there is one, shows most.
+    shown = min(range(len(test)), key=lambda i: (test.utterances[i].language not in ("en", ""), abs(test.utterances[i].samples - 48_000)))
     model.to("cpu").eval()
-    utterance_figure(model.encoder, speech[shown], speech.utterances[shown].text, (0.25, 0.5, 1.0) if len(lams) > 1 else lams, out / "figure.png")
+    utterance_figure(encoder, test[shown], test.utterances[shown].text, lams[1:5:2] + lams[4:5] or lams, out / "figure.png")
     print(f"wrote {out}/encoder.pt (load it with OFAEncoder.from_checkpoint), table.json and figure.png")
 
 

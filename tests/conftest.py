@@ -19,5 +19,5 @@ def folder(asterisk, tmp_path_factory):
     path = tmp_path_factory.mktemp("forty")
     for i in sorted(range(len(asterisk)), key=lambda i: abs(asterisk.utterances[i].samples - 16_000))[:40]:
         name = asterisk.utterances[i].id.replace("/", "_")
-        soundfile.write(path / f"{name}.wav", np.array(asterisk[i]), 16_000)
+        soundfile.write(path / f"{name}.wav", asterisk[i].numpy(), 16_000)
     return path
