@@ -73,8 +73,7 @@ def segment(speech: Speech, teacher, path: Path, period_ms=90.0, clusters=100, d
 
     def features(indices):
         waveforms, lengths = pad([speech[i] for i in indices])
-        x = teacher(waveforms.to(device), lengths.to(device))[-1]
-        x = x[:, :, : teacher.dims_for_codes].float()                        # (B, S, D)
+        x = teacher(waveforms.to(device), lengths.to(device))[-1].float()    # (B, S, D)
         return x, torch.tensor([frames_of(n) for n in lengths.tolist()], device=device)
 
     sample = np.random.default_rng(seed).permutation(len(speech))[:400]

@@ -80,6 +80,10 @@ class Speech(torch.utils.data.Dataset):
                              "out for validation and test: add files, or put them into one folder")
         return Speech([u for u in self.utterances if side[u.group] == split], self.held_out, self.sound)
 
+    def few(self, count: int) -> "Speech":
+        """So many of the utterances, evenly spread; all, if there are fewer."""
+        return Speech(self.utterances[:: max(1, len(self) // count)][:count], self.held_out, self.sound)
+
 
 def load(name: str, root="data") -> Speech:
     """The corpus called name (see the top of this file); what is downloaded or cached lies under root.

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import Speech, pad
 from ofa_encoder import CONSTANT_ALPHA, FRAME_MS, SAMPLE_RATE, period_from_lam
 
-PERIODS_MS = (20, 25, 33, 50, 90, 180)
+PERIODS_MS = (20, 25, 33, 50, 90, 180)  # asked of the encoder, which answers with λ
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def utterance_figure(encoder, waveform, text, lams, path):
             axis.vlines(times, 0, 1, color=COLOURS["fire"], linewidth=1.5, label="a token fires")
             axis.stairs(alpha, torch.arange(len(alpha) + 1) * FRAME_MS / 1000, fill=True, color=COLOURS["alpha"], alpha=0.7,
                         label="α′ of each frame")
-            axis.set(title=f"λ = {lam:g}: {len(times)} tokens, one every {out.frame_period():.0f} ms", ylabel="α′", ylim=(0, 1.05))
+            axis.set(title=f"λ = {lam:.2f}: {len(times)} tokens, one every {out.frame_period():.0f} ms", ylabel="α′", ylim=(0, 1.05))
         axes[2].legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2)
         axes[-1].set(xlabel="time (s)", xlim=(0, seconds))
         figure.savefig(path)

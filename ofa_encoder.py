@@ -145,7 +145,7 @@ class OFAEncoder(nn.Module):
         self.feature_extractor, self.encoder = model.feature_extractor, model.encoder
         if config.compression == "cif":
             self.alpha_predictor = AlphaPredictor(config.channels[-1])
-        # Mean α of held-out speech, measured by pretrain.py; it turns milliseconds into λ.
+        # Mean α of held-out speech, measured by pretrain.py: it turns milliseconds into λ.
         self.register_buffer("mean_alpha", torch.tensor(CONSTANT_ALPHA.get(config.compression, 0.22)))
 
     def forward(self, waveforms, lengths=None, lam=0.0) -> Encoded:
@@ -237,13 +237,15 @@ def load_checkpoint(path, map_location="cpu"):
 
 
 def save(content, path):
-    """torch.save that leaves either the old file or the whole new one, whatever happens meanwhile."""
+    """torch.save that leaves either the old file or the whole new one, whatever happens. Raises OSError, say if the disk is full."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         torch.save(content, partial)
         os.replace(partial, path)
+    except RuntimeError as error:  # what torch raises when it can't write
+        raise OSError(f"{path} could not be written ({str(error):.200}); what was there before is intact") from None
     finally:
         partial.unlink(missing_ok=True)
 

@@ -68,7 +68,7 @@ def arguments():
     add("--lam-max", type=float, default=1.5, help="largest λ drawn, at most 2")
     add("--quantity", type=float, default=0.0, help="weight of the loss that pulls mean α to 20 / segment-ms")
     add("--out", default="runs/pretrain", help="folder for the checkpoint, table and figure")
-    add("--steps", type=int, default=1500, help="optimiser steps")
+    add("--steps", type=int, default=1200, help="optimiser steps")
     add("--batch-seconds", type=float, default=32.0, help="audio in a step's batch, over all processes and accumulated parts")
     add("--accumulate", type=int, default=1, help="parts in which each process takes its share of a batch")
     add("--lr", type=float, default=1e-3, help="peak learning rate; it falls linearly to 0")
@@ -89,14 +89,14 @@ def arguments():
         if args.lam:
             raise ValueError(f"--lam is for --compression cif; {args.compression} has one rate")
         args.lam = 0.0
-    for name in ("steps", "layers", "accumulate", "batch_seconds", "lr", "clip", "segment_ms", "save_every"):
+    for name in ("steps", "layers", "accumulate", "batch_seconds", "lr", "warmup", "clip", "segment_ms", "save_every"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number over 0")
     return args
 
 
 class Distiller(nn.Module):
-    """Encoder and heads; forward returns the summed losses of a batch, to be divided by counts."""
+    """Encoder, and a head for each taught layer."""
 
     def __init__(self, encoder: OFAEncoder, teacher_dims: list[int]):
         super().__init__()
@@ -134,10 +134,11 @@ def guidance(alpha, pseudo, number):
 
 
 def draw_lam(args, step, mean_alpha) -> float:
+    """λ of a step: the same on every machine, before and after a stop."""
     u = np.random.default_rng([args.seed, step]).uniform()
     if args.lam is not None:
         return args.lam
-    lam_max = min(args.lam_max, 1.99)
+    lam_max = min(args.lam_max, 1.99)  # at 2, α′ is 0 and nothing fires
     if args.lam_distribution == "uniform":
         return u * lam_max
     return lam_from_period(FRAME_MS + u * (period_from_lam(lam_max, mean_alpha) - FRAME_MS), mean_alpha)
@@ -151,6 +152,8 @@ def main():
     args = arguments()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world > 1:  # the others wait while rank 0 fetches the corpus and finds boundaries
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
 
@@ -166,7 +169,7 @@ def main():
     path = args.boundaries or boundaries.cache_path(speech, args.teacher, args.segment_ms, args.root)
     if not args.boundaries and not path.exists():
         boundaries.segment(speech, teacher, path, args.segment_ms, device=device, seed=args.seed)
-    train = speech.part("train")
+    train, valid = speech.part("train"), speech.part("valid")
     ends = boundaries.read(path, train)
     if world > 1 and rank == 0:
         dist.barrier()
@@ -181,14 +184,14 @@ def main():
         print(f"{args.preset} encoder, {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters ({copied / 1e6:.2f} M "
               f"from the teacher); {len(train)} utterances, {train.seconds / 3600:.2f} h; {world} x {device}, "
               f"{'bf16' if use_bf16(args, device) else 'fp32'}; steps {first} to {args.steps}")
-    train_loop(args, model, optimizer, teacher, train, ends, first, device, rank, world, checkpoint)
+    train_loop(args, model, optimizer, teacher, train, valid.few(200), ends, first, device, rank, world, checkpoint)
     if rank == 0:
-        report(args, model, teacher, speech, device, out)
+        report(args, model, teacher, speech.part("test"), device, out)
     if world > 1:
         dist.destroy_process_group()
 
 
-def train_loop(args, model, optimizer, teacher, train, ends, first, device, rank, world, checkpoint):
+def train_loop(args, model, optimizer, teacher, train, held_out, ends, first, device, rank, world, checkpoint):
     mean_alpha = sum(len(e) for e in ends) / sum(int(e[-1]) for e in ends)                # of the pseudo-α
     parts = args.accumulate
     plan = lambda: islice(batches(train, args.batch_seconds, args.seed), first, args.steps)
@@ -232,6 +235,10 @@ def train_loop(args, model, optimizer, teacher, train, ends, first, device, rank
         heard += sum(train.utterances[i].samples for i in batch) / SAMPLE_RATE
         bar.set_postfix_str(f"loss {total * world:.3f}, λ {lam:.2f}, {period:.0f} ms, {heard / (time.time() - started):.0f} s/s")
         if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+            rows, held_out_alpha = evaluate(model, teacher, held_out, (0.0, 0.5, 1.0) if args.lam is None else (args.lam,), device)
+            model.encoder.mean_alpha.fill_(held_out_alpha)
+            losses = ", ".join(f"{np.mean(row['distillation']):.3f} at λ = {row['lam']:g}" for row in rows)
+            bar.write(f"step {step + 1}, held-out loss: {losses}")
             save({**model.encoder.checkpoint(), "heads": model.heads.state_dict(), "optimizer": optimizer.state_dict(),
                   "step": step + 1, "args": vars(args)}, checkpoint)
 
@@ -250,14 +257,11 @@ def resume(checkpoint, model, optimizer, args) -> int:
     return content["step"]
 
 
-def report(args, model, teacher, speech, device, out):
+def report(args, model, teacher, test, device, out):
     """Table, table.json, encoder.pt and figure.png of the finished run."""
     encoder = model.encoder
-    _, mean_alpha = evaluate(model, teacher, speech.part("valid"), (args.lam or 0.0,), device)
-    encoder.mean_alpha.fill_(mean_alpha)                                                 # from now on, ask in ms
     save(encoder.checkpoint(), out / "encoder.pt")
     lams = [encoder.lam_for(ms) for ms in PERIODS_MS] if args.lam is None else [args.lam]
-    test = speech.part("test")
     rows, mean_alpha = evaluate(model, teacher, test, lams, device)
     print_table(rows, mean_alpha, teacher.layers)
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {device}, torch {torch.__version__}"
@@ -265,8 +269,9 @@ def report(args, model, teacher, speech, device, out):
     (out / "table.json").write_text(json.dumps(table, indent=1))
     # An English utterance of three seconds or so, if there is one, shows most.
     shown = min(range(len(test)), key=lambda i: (test.utterances[i].language not in ("en", ""), abs(test.utterances[i].samples - 48_000)))
+    shown_lams = [lams[PERIODS_MS.index(ms)] for ms in (25, 50, 90)] if len(lams) > 1 else lams
     model.to("cpu").eval()
-    utterance_figure(encoder, test[shown], test.utterances[shown].text, lams[1:5:2] + lams[4:5] or lams, out / "figure.png")
+    utterance_figure(encoder, test[shown], test.utterances[shown].text, shown_lams, out / "figure.png")
     print(f"wrote {out}/encoder.pt (load it with OFAEncoder.from_checkpoint), table.json and figure.png")
 
 

@@ -19,7 +19,6 @@ class MFCCTeacher(nn.Module):
     """MFCC + Δ + ΔΔ, each dimension normalised to mean 0 and variance 1 over the utterance."""
 
     layers, dims = ["mfcc"], [39]
-    dims_for_codes = 13  # boundaries are where the MFCCs change; the differences peak there, and look like segments themselves
 
     def __init__(self):
         super().__init__()
@@ -45,7 +44,6 @@ class Wav2Vec2Teacher(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.layers = layers
-        self.dims_for_codes = None  # all
         self.dims = [model.encoder.feature_projection.projection.out_features] * len(layers)
         # Models whose CNN has a LayerNorm everywhere (HuBERT Large, XLS-R) were trained on waveforms of mean 0, variance 1.
         self.normalise = not isinstance(model.feature_extractor.conv_layers[0].layer_norm, nn.GroupNorm)

@@ -177,3 +177,8 @@ def test_librispeech_download_that_breaks_off(tmp_path, monkeypatch):
 def test_unknown_librispeech_subset(tmp_path):
     with pytest.raises(ValueError, match="train-clean-999"):
         load("librispeech:train-clean-999", tmp_path)
+
+
+def test_few_are_spread(asterisk):
+    assert len(asterisk.few(10)) == 10 and len({u.language for u in asterisk.few(10).utterances}) == 5
+    assert len(asterisk.few(10**6)) == len(asterisk)
