@@ -45,6 +45,13 @@ PACKAGES = {  # name after asterisk-core-sounds-: SHA-256
     "ru-g722": "673b4238a6b8269960f055d868c6a11083f7a0d00979167cb01554046b48ed9b",
 }
 LANGUAGES = ("en", "es", "fr", "it", "ru")
+DIGITS = {
+    "en": "zero one two three four five six seven eight nine".split(),
+    "es": "cero uno dos tres cuatro cinco seis siete ocho nueve".split(),
+    "fr": "zéro un deux trois quatre cinq six sept huit neuf".split(),
+    "it": "zero uno due tre quattro cinque sei sette otto nove".split(),
+    "ru": "ноль один два три четыре пять шесть семь восемь девять".split(),
+}
 
 
 def build(path: Path):
@@ -109,7 +116,7 @@ def _decode(files) -> dict:
                    for path, content in sorted(files[f"{language}-g722"].items()) if path.endswith(".g722")]
     for path, language, content in tqdm(sound_files, desc="decoding", unit=" prompts"):
         prompt = path.split("/", 6)[-1].removesuffix(".g722")    # ./usr/share/asterisk/sounds/VOICE/PROMPT.g722
-        text = normalise(transcripts.get((prompt, language), ""))
+        text = normalise(transcripts.get((prompt, language), ""), language)
         sound = trim(torch.tensor(G722.G722(SAMPLE_RATE, 64_000).decode(content), dtype=torch.int16))
         if text and prompt not in tones and MIN_SAMPLES <= len(sound) <= MAX_SECONDS * SAMPLE_RATE:
             utterances.append(dict(id=f"{language}/{prompt}", group=prompt, samples=len(sound), text=text, language=language,
@@ -129,9 +136,10 @@ def _decode(files) -> dict:
     return {"sound": torch.cat(sounds), "utterances": json.dumps(utterances)}
 
 
-def normalise(text: str) -> str:
-    """Lower case, composed characters; letters, digits and apostrophes are kept, all else becomes a space."""
+def normalise(text: str, language: str) -> str:
+    """Lower case, composed characters, digits as words; letters and apostrophes are kept, all else becomes a space."""
     text = unicodedata.normalize("NFC", text).lower().replace("’", "'")
+    text = re.sub("[0-9]", lambda digit: f" {DIGITS[language][int(digit[0])]} ", text)
     return " ".join(re.sub(r"[^\w']|_", " ", text).split())
 
 
