@@ -172,7 +172,7 @@ def folder(path: Path) -> Speech:
     folders = {p.parent for p in files}
     speakers = len(folders) >= 10  # many folders: one a speaker or a recording, as most corpora have it
     entries = [(p, str(p.relative_to(path)), str(p.parent.relative_to(path)) if speakers else p.name, "") for p in files]
-    return _from_files(entries, held_out=(0.05, 0.05), where=path)
+    return from_files(entries, held_out=(0.05, 0.05), where=path)
 
 
 def librispeech(subsets: list[str], root: Path) -> Speech:
@@ -196,11 +196,12 @@ def librispeech(subsets: list[str], root: Path) -> Speech:
         for n in range(len(data._walker)):
             path, _, text, speaker, _, _ = data.get_metadata(n)
             entries.append((root / "LibriSpeech" / path, Path(path).stem, f"speaker {speaker}", text.lower()))
-    return _from_files(entries, held_out=(0.01, 0.01), where=root / "LibriSpeech")
+    return from_files(entries, held_out=(0.01, 0.01), where=root / "LibriSpeech")
 
 
-def _from_files(entries, held_out, where) -> Speech:
-    """entries: (path, id, group, text) each. Reads the headers only; the sound stays on disk."""
+def from_files(entries, held_out, where, cut=True) -> Speech:
+    """entries: (path, id, group, text) each. Reads the headers only; the sound stays on disk. A file that can't be used is
+    named and left out; with cut, one that is longer than MAX_SECONDS becomes several utterances."""
     utterances, left_out = [], []
     for path, id, group, text in tqdm(entries, desc="reading headers", unit=" files", disable=len(entries) < 1000):
         try:
@@ -215,7 +216,7 @@ def _from_files(entries, held_out, where) -> Speech:
         except (soundfile.SoundFileError, OSError, ValueError) as error:
             left_out.append(f"left out: {path} ({error})")
             continue
-        pieces = math.ceil(samples / (MAX_SECONDS * SAMPLE_RATE))
+        pieces = math.ceil(samples / (MAX_SECONDS * SAMPLE_RATE)) if cut else 1
         for k in range(pieces):
             start, stop = k * frames // pieces, (k + 1) * frames // pieces
             utterances.append(Utterance(f"{id}#{k}" if pieces > 1 else id, group, math.ceil((stop - start) * SAMPLE_RATE / rate),

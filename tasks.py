@@ -1,0 +1,142 @@
+"""What is asked of the encoder: utterances, and what to say about each.
+
+    ctc      text, one symbol a character; scored by CER (character error rate)
+    seq2seq  text, one symbol a word; scored by WER
+    pool     a label (scored by accuracy), or the set of those that apply (mean average precision, mAP)
+
+Data for each of the three come with the embedded corpus (--data asterisk), split as data.py splits it, every language of a
+prompt on one side:
+
+    ctc      what was said, in English and Spanish
+    seq2seq  a small translation: speech in any of the five languages to the English content words of the prompt
+    pool     which of eight concepts the prompt mentions, in any of the five languages
+
+Your own: a TSV with a header row and columns `path`, `text` (ctc, seq2seq) or `label` (pool), and optionally `split` (train,
+valid, test; else drawn by a seed, 70 / 10 / 20 %). Paths are absolute or relative to the TSV.
+
+`python tasks.py` shows an example of each.
+"""
+
+import csv
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import SPLITS, Speech, from_files, load
+
+KINDS = {"ctc": "CER", "seq2seq": "WER", "pool": "accuracy"}
+CONCEPTS = {  # what an English prompt must contain to mention the concept; its other languages are taken to do so too
+    "press a key": r"\b(press|dial|key)\b", "conference": r"\bconference\b", "message": r"\b(message|messages|mail|voicemail)\b",
+    "number": r"\bnumbers?\b", "call": r"\b(call|calls|caller|calling)\b", "please": r"\bplease\b",
+    "person": r"\b(person|participants?|users?|leader|operator|agent)\b", "not": r"\b(not|no|cannot|can't|invalid|incorrect)\b",
+}
+FUNCTION_WORDS = set("a an the to of in on at by for from with and or is are was were be been am has have had will would can this that "
+                     "it its you your i i'm we our there when while who which if as so then now not no do does did".split())
+
+
+@dataclass
+class Task:
+    kind: str            # ctc, seq2seq or pool
+    metric: str          # CER, WER, accuracy or mAP
+    speech: Speech
+    targets: list        # for each utterance: a list of symbols (ctc, seq2seq), a symbol, or a set of symbols (pool)
+    splits: list[str]    # for each utterance: train, valid or test
+    symbols: list[str]   # all that occur in train
+
+    def indices(self, split: str) -> list[int]:
+        return [i for i, s in enumerate(self.splits) if s == split]
+
+
+def load_task(kind: str, data="asterisk", root="data", seed=0) -> Task:
+    """The task of that kind on data: "asterisk" or a TSV. Raises ValueError, with the line at fault, before anything is computed."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown task {kind!r}, expected one of {', '.join(KINDS)}")
+    if data == "asterisk":
+        return _asterisk(kind, root)
+    if not str(data).endswith(".tsv"):
+        raise ValueError(f"--data {data}: expected asterisk, or a file that ends in .tsv")
+    return _tsv(kind, Path(data), seed)
+
+
+def _asterisk(kind, root):
+    speech = load("asterisk", root)
+    split_of = {u.id: split for split in SPLITS for u in speech.part(split).utterances}
+    prompt = lambda u: u.id.split("/", 1)[1]
+    english = {prompt(u): u.text for u in speech.utterances if u.language == "en"}
+    languages = {}
+    for u in speech.utterances:
+        languages.setdefault(prompt(u), set()).add(u.language)
+    kept, targets = [], []
+    for u in speech.utterances:
+        if kind == "ctc" and u.language in ("en", "es"):
+            target = list(u.text)
+        elif kind == "seq2seq" and len(languages[prompt(u)]) == 5:
+            target = [w for w in english[prompt(u)].split() if w not in FUNCTION_WORDS]
+        elif kind == "pool" and prompt(u) in english:
+            target = {name for name, pattern in CONCEPTS.items() if re.search(pattern, english[prompt(u)])}
+        else:
+            continue
+        if target or kind == "pool":
+            kept.append(u)
+            targets.append(target)
+    metric = "mAP" if kind == "pool" else KINDS[kind]
+    return _task(kind, metric, Speech(kept, sound=speech.sound), targets, [split_of[u.id] for u in kept])
+
+
+def _tsv(kind, path, seed):
+    column = "label" if kind == "pool" else "text"
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    missing = {"path", column} - set(rows[0] if rows else ())
+    if missing:
+        raise ValueError(f"{path}: " + (f"no column {', '.join(sorted(missing))} in its header" if rows else "no rows under a header"))
+    for number, row in enumerate(rows, 2):
+        if not row["path"] or not (row[column] or "").strip():
+            raise ValueError(f"{path}, line {number}: path or {column} is empty")
+        if not (path.parent / row["path"]).is_file():
+            raise ValueError(f"{path}, line {number}: no such file: {path.parent / row['path']}")
+        if row.get("split", "train") not in SPLITS:
+            raise ValueError(f"{path}, line {number}: split is {row['split']!r}, expected one of {', '.join(SPLITS)}")
+    splits = [row["split"] for row in rows] if "split" in rows[0] else draw_splits([row["path"] for row in rows], seed)
+    speech = from_files([(path.parent / row["path"], str(n), row["path"], row[column].strip()) for n, row in enumerate(rows)],
+                        held_out=(0.1, 0.2), where=path, cut=False)
+    rows_left = [int(u.id) for u in speech.utterances]            # a file that can't be used was named and left out
+    texts = [u.text for u in speech.utterances]
+    targets = texts if kind == "pool" else [t.lower().split() if kind == "seq2seq" else list(t.lower()) for t in texts]
+    return _task(kind, KINDS[kind], speech, targets, [splits[n] for n in rows_left])
+
+
+def draw_splits(paths, seed):
+    """70 / 10 / 20 % of the files, at random; a file listed twice stays on one side."""
+    files = sorted(set(paths))
+    random.Random(seed).shuffle(files)
+    tenth = max(1, round(len(files) / 10))
+    side = {f: "valid" if k < tenth else "test" if k < 3 * tenth else "train" for k, f in enumerate(files)}
+    return [side[p] for p in paths]
+
+
+def _task(kind, metric, speech, targets, splits):
+    task = Task(kind, metric, speech, targets, splits, [])
+    for split in SPLITS:
+        if not task.indices(split):
+            raise ValueError(f"no utterance is left for {split}: at least one each is needed for {', '.join(SPLITS)}")
+    symbols_of = lambda target: {target} if isinstance(target, str) else set(target)
+    task.symbols = sorted(set().union(*(symbols_of(targets[i]) for i in task.indices("train"))))
+    if kind == "pool":
+        for i in task.indices("valid") + task.indices("test"):
+            unseen = symbols_of(targets[i]) - set(task.symbols)
+            if unseen:
+                raise ValueError(f"label {unseen.pop()!r} of {speech.utterances[i].path or speech.utterances[i].id} ({splits[i]}) never occurs in train")
+    return task
+
+
+if __name__ == "__main__":
+    for kind in KINDS:
+        task = load_task(kind)
+        i = task.indices("test")[7]
+        target = "".join(task.targets[i]) if kind == "ctc" else task.targets[i]
+        print(f"{kind}: {', '.join(f'{len(task.indices(split))} {split}' for split in SPLITS)}, {len(task.symbols)} symbols, {task.metric};",
+              f"{task.speech.utterances[i].id} -> {target}")

@@ -1,0 +1,162 @@
+"""tasks.py and finetune.py on real speech: tasks, metrics, sweeps, and mistakes."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import finetune
+from data import SPLITS
+from finetune import average_precision, score
+from ofa_encoder import PRESETS, OFAEncoder, save
+from tasks import KINDS, Task, load_task
+
+REPO = Path(finetune.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def spoken(asterisk, tmp_path_factory):
+    """A TSV of sixty real prompts: English or Russian, in files of several rates, with text and label."""
+    folder = tmp_path_factory.mktemp("spoken")
+    rows = ["path\ttext\tlabel\tsplit"]
+    for language in ("en", "ru"):
+        chosen = [i for i, u in enumerate(asterisk.utterances) if u.language == language and 8_000 < u.samples < 24_000][:30]
+        for k, i in enumerate(chosen):
+            rate = (16_000, 8_000, 22_050)[k % 3]
+            sound = asterisk[i].numpy()
+            sound = np.interp(np.arange(int(len(sound) * rate / 16_000)) * 16_000 / rate, np.arange(len(sound)), sound)
+            soundfile.write(folder / f"{language}{k}.flac", sound, rate)
+            split = "test" if k % 5 == 0 else "valid" if k % 5 == 1 else "train"
+            rows.append(f"{language}{k}.flac\t{asterisk.utterances[i].text}\t{language}\t{split}")
+    (folder / "spoken.tsv").write_text("\n".join(rows) + "\n")
+    return folder / "spoken.tsv"
+
+
+@pytest.fixture
+def run(spoken, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save(OFAEncoder(PRESETS["tiny"]).checkpoint(), "encoder.pt")
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["finetune.py", "--checkpoint", "encoder.pt", "--data", str(spoken), "--epochs", "3", "--out", "out", *flags])
+        finetune.main()
+    return run
+
+
+def test_embedded_tasks(asterisk):
+    tasks = {kind: load_task(kind) for kind in KINDS}
+    split_of = {u.id: split for split in SPLITS for u in asterisk.part(split).utterances}
+    for task in tasks.values():
+        assert all(split_of[u.id] == split for u, split in zip(task.speech.utterances, task.splits, strict=True))
+        assert len(task.targets) == len(task.speech) > 900
+    assert {u.language for u in tasks["ctc"].speech.utterances} == {"en", "es"} and tasks["ctc"].metric == "CER"
+    translated = {u.id: t for u, t in zip(tasks["seq2seq"].speech.utterances, tasks["seq2seq"].targets)}
+    assert translated["ru/agent-loginok"] == translated["it/agent-loginok"] == ["agent", "logged"]
+    concepts = {u.id: t for u, t in zip(tasks["pool"].speech.utterances, tasks["pool"].targets)}
+    assert concepts["es/conf-enteringno"] == {"conference", "number"} and len(tasks["pool"].symbols) == 8
+
+
+def test_metrics_by_hand():
+    task = Task("ctc", "CER", None, [], [], [])
+    assert score(task, [[1, 2, 3], []], [[1, 3], [4, 5]]) == pytest.approx(100 * (1 + 2) / 4)
+    assert score(task, [[0]], [[-1]]) == 100  # a symbol that train does not have can't be right
+    task = Task("pool", "accuracy", None, [], [], [])
+    assert score(task, [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0])], [[1], [1]]) == 50
+    assert average_precision(np.array([0.9, 0.8, 0.7, 0.1]), np.array([True, False, True, False])) == pytest.approx((1 + 2 / 3) / 2)
+    task = Task("pool", "mAP", None, [], [], [])
+    assert score(task, [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], [[0], [1]]) == 100
+
+
+def test_split_is_drawn_by_seed_if_not_given(spoken, tmp_path):
+    lines = spoken.read_text().splitlines()
+    for line in lines[1:]:
+        name = line.split("\t")[0]
+        (tmp_path / name).symlink_to(spoken.parent / name)
+    (tmp_path / "n.tsv").write_text("\n".join("\t".join(line.split("\t")[:3]) for line in lines))
+    a, b, c = (load_task("pool", tmp_path / "n.tsv", seed=s).splits for s in (0, 0, 1))
+    assert a == b != c and (a.count("train"), a.count("valid"), a.count("test")) == (42, 6, 12)
+
+
+def test_a_tsv_task_is_learned(run):
+    """Which language is spoken, by which of two voices: easy, even from log-mels or an untrained encoder."""
+    run("--task", "pool", "--features", "logmel", "--epochs", "60")
+    run("--task", "pool", "--lam", "0", "0.5", "--seeds", "2", "--epochs", "60")
+    logmel, *points = [json.loads(p.read_text()) for p in sorted(Path("out").glob("*.json"), key=lambda p: ("encoder" in p.name, p.name))]
+    assert logmel["test"] >= 75 and logmel["metric"] == "accuracy"
+    assert [(p["config"]["lam"], p["config"]["seed"]) for p in points] == [(0, 0), (0, 1), (0.5, 0), (0.5, 1)]
+    assert np.mean([p["test"] for p in points]) >= 65
+    assert points[0]["frame_period_ms"] == 20 and points[2]["frame_period_ms"] > 25
+    assert points[2]["transformer_gflops_per_s"] < points[0]["transformer_gflops_per_s"] and points[2]["tokens"] < points[0]["tokens"]
+
+
+@pytest.mark.parametrize("flags", [("--task", "ctc", "--slots", "2"), ("--task", "ctc", "--head", "linear", "--features", "logmel"),
+                                   ("--task", "seq2seq", "--beam", "2"), ("--task", "seq2seq", "--features", "deaf", "--ctc-weight", "0"),
+                                   ("--task", "pool", "--features", "random"), ("--task", "pool", "--unfreeze", "--epochs", "1")])
+def test_every_task_and_baseline_runs(run, flags, capsys):
+    run(*flags)
+    (path,) = Path("out").glob("*.json")
+    point = json.loads(path.read_text())
+    assert 0 <= point["test"] and point["epochs"] >= 1 and point["test_utterances"] == 12
+    assert (point["transformer_gflops_per_s"] == 0) == ("logmel" in flags or "deaf" in flags)
+    run(*flags)
+    assert "is there" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="another configuration .lr differ"):
+        run(*flags, "--lr", "0.1")
+
+
+def test_too_short_for_ctc_is_counted(run):
+    run("--task", "ctc", "--lam", "0", "1.5", "--epochs", "1")
+    slow, fast = (json.loads(p.read_text()) for p in sorted(Path("out").glob("*.json")))
+    assert slow["infeasible_test"] == 0 < fast["infeasible_test"] <= 12
+
+
+def test_same_seed_same_result(run):
+    for out in ("a", "b"):
+        run("--task", "pool", "--out", out)
+    a, b = (json.loads(next(Path(out).glob("*.json")).read_text()) for out in ("a", "b"))
+    assert a["test"] == b["test"] and a["valid"] == b["valid"]
+
+
+def tsv(tmp_path, text):
+    soundfile.write(tmp_path / "a.wav", np.sin(np.arange(16_000)), 16_000)
+    (tmp_path / "my.tsv").write_text(text)
+    return ["--task", "pool", "--data", "my.tsv"]
+
+
+@pytest.mark.parametrize("flags, text, message", [
+    (["--lam", "2.5"], None, "λ is 2.5"),
+    (["--checkpoint", "nowhere.pt"], None, "no checkpoint at nowhere.pt"),
+    (["--data", "nowhere.tsv"], None, "no such file: nowhere.tsv"),
+    (["--data", "speech.csv"], None, "ends in .tsv"),
+    (["--features", "logmel", "--unfreeze"], None, "--unfreeze"),
+    (["--seeds", "0"], None, "--seeds is 0"),
+    (["--ctc-weight", "1"], None, "--ctc-weight is 1.0"),
+    ([], "", "no rows"),
+    ([], "path\tlabel\n", "no rows"),
+    ([], "file\tlabel\na.wav\tx\n", "no column path"),
+    ([], "path\ttext\na.wav\tx\n", "no column label"),
+    ([], "path\tlabel\nmissing.wav\tx\n", "line 2: no such file: missing.wav"),
+    ([], "path\tlabel\na.wav\t\n", "line 2: path or label is empty"),
+    ([], "path\tlabel\tsplit\na.wav\tx\tdev\n", "line 2: split is 'dev'"),
+    ([], "path\tlabel\tsplit\na.wav\tx\ttrain\na.wav\tx\tvalid\n", "no utterance is left for test"),
+    ([], "path\tlabel\tsplit\na.wav\tx\ttrain\na.wav\tx\tvalid\na.wav\ty\ttest\n", "label 'y' of a.wav (test) never occurs in train"),
+])
+def test_mistakes_are_named_without_a_traceback(run, tmp_path, spoken, flags, text, message, monkeypatch):
+    base = ["--task", "pool", "--data", str(spoken)] if text is None else tsv(tmp_path, text)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--checkpoint", "encoder.pt", *base, *flags])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(REPO / "finetune.py"), run_name="__main__")
+    assert str(stop.value.code).startswith("finetune.py: ") and message in str(stop.value.code)
+
+
+def test_unknown_task_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--task", "dance"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(REPO / "finetune.py"), run_name="__main__")
+    assert "argument --task: invalid choice: 'dance'" in capsys.readouterr().err
