@@ -22,6 +22,6 @@ data/asterisk.pt: | .venv/installed
 	@touch $@
 
 clean:
-	rm -rf runs .pytest_cache .hypothesis __pycache__ */__pycache__
+	rm -rf .pytest_cache .hypothesis __pycache__ */__pycache__
 
 .PHONY: demo test clean

@@ -9,10 +9,12 @@ Use it through data.py: load("asterisk"). `python asterisk.py` builds the file a
 
 import gzip
 import hashlib
+import http.client
 import io
 import json
 import os
 import re
+import sys
 import tarfile
 import unicodedata
 import urllib.request
@@ -74,7 +76,7 @@ def _fetch(name, sha, downloads) -> bytes:
                     content = bar.read()
             if hashlib.sha256(content).hexdigest() != sha:
                 raise OSError("not the expected file: its SHA-256 differs")
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             reasons.append(f"  {mirror}: {error}")
             continue
         downloads.mkdir(parents=True, exist_ok=True)
@@ -124,7 +126,12 @@ def _decode(files) -> dict:
             sounds.append(sound)
             at += len(sound)
 
-    # Prompts that say the same thing, in any language, belong to one group, or test texts would be heard in training.
+    join_groups(utterances)
+    return {"sound": torch.cat(sounds), "utterances": json.dumps(utterances)}
+
+
+def join_groups(utterances):
+    """Prompts that say the same thing, in any language, become one group, or test texts would be heard in training."""
     joined = {u["group"]: u["group"] for u in utterances}        # a forest: each prompt's parent, a root's parent is itself
     def root_of(prompt):
         return prompt if joined[prompt] == prompt else root_of(joined[prompt])
@@ -133,7 +140,6 @@ def _decode(files) -> dict:
         joined[root_of(u["group"])] = root_of(first_with_text.setdefault(u["text"], u["group"]))
     for u in utterances:
         u["group"] = root_of(u["group"])
-    return {"sound": torch.cat(sounds), "utterances": json.dumps(utterances)}
 
 
 def normalise(text: str, language: str) -> str:
@@ -155,4 +161,7 @@ def trim(sound: Tensor, floor_db=-40.0, margin=800) -> Tensor:
 if __name__ == "__main__":
     path = Path("data/asterisk.pt")
     print(f"{path} is there already.\n{CREDIT}" if path.exists() else f"building {path}")
-    build(path)
+    try:
+        build(path)
+    except OSError as error:
+        sys.exit(f"asterisk.py: {error}")

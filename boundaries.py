@@ -3,7 +3,7 @@
 Teacher frames x_1 .. x_S are quantised by k-means, and the path z_1 .. z_S through the codes is smoothed by a price γ on
 every change of code (Viterbi):
 
-    minimise over z   Σ_s |x_s - code(z_s)|² + γ Σ_s [z_s ≠ z_(s-1)]
+    minimise over z   Σ_(s >= 1) |x_s - code(z_s)|² + γ Σ_(s >= 2) [z_s ≠ z_(s-1)]
 
 A segment is a run of one code. γ is bisected until the mean segment lasts as long as a phone, ~90 ms. Inside a segment of
 n frames the pseudo-α is 1/n, so that α adds up to one in every segment.
@@ -12,6 +12,7 @@ Source: Chen, Meng and Lee, ICASSP 2023 (guidance); duration-penalised segmentat
 "Towards unsupervised phone and word segmentation using self-supervised vector-quantized neural networks", Interspeech 2021.
 
 A file of boundaries has a line an utterance: its id, a tab, and the ends of its segments in seconds, separated by spaces.
+A recording that data.py cuts into pieces has a line a piece, with ids NAME#0, NAME#1, … and times from the piece's start.
 `segment` writes such a file, and pretrain.py --boundaries reads one from anywhere (forced alignments, say).
 `python boundaries.py` segments a prompt of the embedded corpus.
 """
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Speech, pad
+from data import Speech, loader
 from ofa_encoder import FRAME_MS, MIN_SAMPLES
 
 
@@ -54,7 +55,7 @@ def smooth(distances: Tensor, frames: Tensor, gamma: float) -> list[np.ndarray]:
     stays, origins = [], []
     for s in range(1, S):
         cheapest, origin = cost.min(1)                                       # (B,)
-        stay = (cost <= cheapest[:, None] + gamma) | padding[:, s, None]     # (B, K)
+        stay = cost <= cheapest[:, None] + gamma                             # (B, K)
         cost = torch.where(stay, cost, cheapest[:, None] + gamma) + distances[:, s].masked_fill(padding[:, s, None], 0)
         stays.append(stay)
         origins.append(origin)
@@ -68,18 +69,19 @@ def smooth(distances: Tensor, frames: Tensor, gamma: float) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def segment(speech: Speech, teacher, path: Path, period_ms=90.0, clusters=100, device="cpu", seed=0):
+def segment(speech: Speech, teacher, path: Path, period_ms=90.0, clusters=100, device="cpu"):
     """Write the file of boundaries of every utterance of speech, by the teacher's last layer."""
 
-    def features(indices):
-        waveforms, lengths = pad([speech[i] for i in indices])
-        x = teacher(waveforms.to(device), lengths.to(device))[-1].float()    # (B, S, D)
-        return x, torch.tensor([frames_of(n) for n in lengths.tolist()], device=device)
+    def features(order, size):
+        """For batches of so many: indices, teacher frames (B, S, D), and their number (B,)."""
+        for indices, waveforms, lengths in loader(speech, [order[k : k + size].tolist() for k in range(0, len(order), size)]):
+            x = teacher(waveforms.to(device), lengths.to(device))[-1].float()
+            yield indices, x, torch.tensor([frames_of(n) for n in lengths.tolist()], device=device)
 
-    sample = np.random.default_rng(seed).permutation(len(speech))[:400]
-    sample = [features(sample[k : k + 16]) for k in range(0, len(sample), 16)]
+    chosen = np.random.default_rng(0).permutation(len(speech))[:400]
+    sample = [(x, lengths) for _, x, lengths in features(chosen, 16)]
     frames = torch.cat([x[b, :n] for x, lengths in sample for b, n in enumerate(lengths)])
-    codes = kmeans(frames, min(clusters, len(frames)), seed=seed)
+    codes = kmeans(frames, min(clusters, len(frames)))
     distances = [(torch.cdist(x, codes).square(), lengths) for x, lengths in sample]
 
     low, high = 0.0, 20.0 * float(torch.cdist(frames[:1000], codes).min(1).values.square().mean())
@@ -91,24 +93,27 @@ def segment(speech: Speech, teacher, path: Path, period_ms=90.0, clusters=100, d
     by_length = np.argsort([u.samples for u in speech.utterances])
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "w") as file:
-        for k in tqdm(range(0, len(by_length), 64), desc="pseudo-boundaries", unit=" batches"):
-            x, lengths = features(by_length[k : k + 64])
-            for i, ends in zip(by_length[k : k + 64], smooth(torch.cdist(x, codes).square(), lengths, gamma)):
-                file.write(f"{speech.utterances[i].id}\t{' '.join(f'{end * FRAME_MS / 1000:.2f}' for end in ends)}\n")
+    found = {}
+    for indices, x, lengths in tqdm(features(by_length, 64), desc="pseudo-boundaries", unit=" batches", total=-(-len(speech) // 64)):
+        found |= dict(zip(indices, smooth(torch.cdist(x, codes).square(), lengths, gamma)))
+    with open(partial, "w", encoding="utf-8") as file:
+        for i, u in enumerate(speech.utterances):                            # one that can't be read is one segment, and never used
+            ends = found.get(i, [frames_of(u.samples)])
+            file.write(f"{u.id}\t{' '.join(f'{end * FRAME_MS / 1000:.2f}' for end in ends)}\n")
     os.replace(partial, path)
 
 
-def cache_path(speech: Speech, teacher_name: str, period_ms: float, root) -> Path:
-    """Where segment's result is kept: another corpus, teacher or period has another name."""
-    key = json.dumps([[(u.id, u.samples) for u in speech.utterances], teacher_name, period_ms])
+def cache_path(speech: Speech, teacher_name: str, layer, period_ms: float, root) -> Path:
+    """Where segment's result is kept: another corpus, teacher, layer or period has another name."""
+    weights = hashlib.sha1(Path(teacher_name).read_bytes()).hexdigest() if Path(teacher_name).is_file() else ""
+    key = json.dumps([[(u.id, u.samples) for u in speech.utterances], teacher_name, weights, layer, period_ms])
     return Path(root) / f"boundaries-{hashlib.sha1(key.encode()).hexdigest()[:12]}.tsv"
 
 
 def read(path, speech: Speech) -> list[np.ndarray]:
     """The ends of every utterance's segments, in frames, the last one its last frame. Raises ValueError that names a bad line."""
     lines = {}
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         id, _, times = line.partition("\t")
         try:
             lines[id] = np.array([float(t) for t in times.split()])
@@ -122,8 +127,8 @@ def read(path, speech: Speech) -> list[np.ndarray]:
     result = []
     for u in speech.utterances:
         frames = frames_of(u.samples)
-        ends = np.unique(np.round(lines[u.id] * 1000 / FRAME_MS).astype(np.int32).clip(1, frames))
-        result.append(ends if ends[-1] == frames else np.append(ends, np.int32(frames)))
+        ends = np.round(lines[u.id] * 1000 / FRAME_MS).astype(np.int32)
+        result.append(np.unique(np.append(ends[(ends > 0) & (ends < frames)], np.int32(frames))))
     return result
 
 

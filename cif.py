@@ -1,4 +1,4 @@
-"""Continuous integrate-and-fire (CIF): merge frames into tokens by their weights; and expand them back.
+"""Continuous integrate-and-fire (CIF): merge frames into tokens by their weights; and spread them back.
 
 Frames x_1 .. x_S carry weights α_s >= 0 with running total c_s = α_1 + … + α_s. Lay two rulers on one line:
 
@@ -9,7 +9,7 @@ Together the marks cut the line into at most S + T pieces. A piece lies inside o
 and has a width w. That list of triplets *is* CIF:
 
     token_t = Σ w · x_f              over the pieces of token t      (cif)
-    frame_f = Σ (w / α_f) · token_t  over the pieces of frame f      (expand, its adjoint)
+    frame_f = Σ (w / α_f) · token_t  over the pieces of frame f      (expand, the way back)
 
 Since pieces are ordered along the line, both sums run over consecutive pieces and each is one call of
 `torch.nn.functional.embedding_bag`. There is no loop over time, fires or batch, and no limit on α: several
@@ -40,8 +40,8 @@ class Fired(NamedTuple):
     fire_times: Tensor  # (B, T) where on the frame axis each token fired: 2.5 is half-way through the third frame
     frame: Tensor       # (B, P) int64, the frame in which a piece lies; never decreases
     token: Tensor       # (B, P) int64, the token in which it lies; never decreases
-    width: Tensor       # (B, P) its share of that frame's α; zero where nothing fired
-    alpha: Tensor       # (B, S) the α that were integrated: rescaled to target_lengths, zero in the padding
+    width: Tensor       # (B, P) its share of that frame's α; zero where nothing fired; float64
+    alpha: Tensor       # (B, S) the α that were integrated: rescaled to target_lengths, zero in the padding; float64
 
 
 def cif(x, alpha, lengths=None, *, threshold=1.0, tail_threshold=0.5, target_lengths=None) -> Fired:
@@ -131,7 +131,7 @@ def _prepare(x, alpha, lengths, threshold, tail_threshold, target_lengths):
     """Check the arguments. Return α in the widest float, rescaled to the targets and zero in the padding, lengths,
     and the rounding error to forgive when a running total is compared with a token end."""
     if x.ndim != 3 or 0 in x.shape or not x.is_floating_point():
-        raise ValueError(f"x has shape {tuple(x.shape)} and type {x.dtype}, expected floats (B, S, C), none of them 0")
+        raise ValueError(f"x has shape {tuple(x.shape)} and type {x.dtype}, expected floats (B, S, C), each size at least 1")
     B, S, _ = x.shape
     if alpha.shape != (B, S) or not alpha.is_floating_point():
         raise ValueError(f"alpha has shape {tuple(alpha.shape)} and type {alpha.dtype}, expected floats (B, S) = {(B, S)}")
@@ -168,7 +168,7 @@ def _whole_numbers(name, value, B, expected):
 
 
 def cif_loop(x, alpha, lengths=None, *, threshold=1.0, tail_threshold=0.5, target_lengths=None) -> Fired:
-    """The definition, one frame at a time: same arguments and result as `cif`. For reading and for tests; slow."""
+    """The definition, one frame at a time: same arguments, tokens, lengths and times as `cif`. For reading and for tests."""
     alpha, lengths, slack = _prepare(x, alpha, lengths, threshold, tail_threshold, target_lengths)
     B, S, C = x.shape
     zero = alpha.new_zeros(())

@@ -29,11 +29,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import asterisk
+from asterisk import MAX_SECONDS  # longer files are cut into equal pieces
 from ofa_encoder import MIN_SAMPLES, SAMPLE_RATE
 
-MAX_SECONDS = 15.0  # longer files are cut into equal pieces
 SPLITS = ("train", "valid", "test")
-OWN_DATA = "Your own speech works too: --data FOLDER, with sound files of any format that soundfile reads."
 
 
 @dataclass(slots=True)
@@ -49,7 +48,7 @@ class Utterance:
 
 
 class Speech(torch.utils.data.Dataset):
-    """Utterances, and speech[i]: the waveform (samples,) of the i-th."""
+    """Utterances, and speech[i]: the waveform (samples,) of the i-th. held_out: the shares of valid and test."""
 
     def __init__(self, utterances: list[Utterance], held_out=(0.1, 0.2), sound: Tensor | None = None):
         self.utterances, self.held_out, self.sound = utterances, held_out, sound
@@ -82,7 +81,8 @@ class Speech(torch.utils.data.Dataset):
 
     def few(self, count: int) -> "Speech":
         """So many of the utterances, evenly spread; all, if there are fewer."""
-        return Speech(self.utterances[:: max(1, len(self) // count)][:count], self.held_out, self.sound)
+        count = min(count, len(self))
+        return Speech([self.utterances[k * len(self) // count] for k in range(count)], self.held_out, self.sound)
 
 
 def load(name: str, root="data") -> Speech:
@@ -101,7 +101,7 @@ def load(name: str, root="data") -> Speech:
 
 def batches(speech: Speech, seconds: float, seed: int):
     """Forever, epoch after epoch: lists of indices of utterances of like length, whose padded batch lasts up to
-    `seconds`. Each utterance comes once an epoch. The order depends on seed alone."""
+    `seconds`, or a single utterance that is longer. Each utterance comes once an epoch. The order depends on seed alone."""
     samples = np.array([u.samples for u in speech.utterances])
     for epoch in range(sys.maxsize):
         rng = np.random.default_rng([seed, epoch])
@@ -167,7 +167,7 @@ def folder(path: Path) -> Speech:
     """Every sound file under path. A file that can't be used is named and left out."""
     if not path.is_dir():
         raise ValueError(f"no such folder: {path} (--data takes asterisk, librispeech:SUBSET or a folder of sound files)")
-    suffixes = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
+    suffixes = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"} | {".aif", ".oga", ".opus"}
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
     folders = {p.parent for p in files}
     speakers = len(folders) >= 10  # many folders: one a speaker or a recording, as most corpora have it
@@ -189,7 +189,8 @@ def librispeech(subsets: list[str], root: Path) -> Speech:
                 os.replace(unpacked / "LibriSpeech" / subset, root / "LibriSpeech" / subset)
             except (OSError, RuntimeError) as error:
                 raise OSError(f"LibriSpeech {subset} could not be downloaded ({error}). Try again, or unpack it yourself so "
-                              f"that {root / 'LibriSpeech' / subset} exists. {OWN_DATA}") from None
+                              f"that {root / 'LibriSpeech' / subset} exists. "
+                              "Your own speech works too: --data FOLDER.") from None
             finally:
                 shutil.rmtree(unpacked, ignore_errors=True)
         data = torchaudio.datasets.LIBRISPEECH(root, subset)
@@ -219,6 +220,7 @@ def from_files(entries, held_out, where, cut=True) -> Speech:
         pieces = math.ceil(samples / (MAX_SECONDS * SAMPLE_RATE)) if cut else 1
         for k in range(pieces):
             start, stop = k * frames // pieces, (k + 1) * frames // pieces
+            id = " ".join(id.split())  # a tab would break the files of boundaries
             utterances.append(Utterance(f"{id}#{k}" if pieces > 1 else id, group, math.ceil((stop - start) * SAMPLE_RATE / rate),
                                         text, path=str(path), start=start, stop=stop))
     print(*left_out, sep="\n", end="\n" if left_out else "", file=sys.stderr)
@@ -234,8 +236,7 @@ if __name__ == "__main__":
             part = speech.part(split)
             languages = Counter(u.language for u in part.utterances)
             print(f"{split}: {len(part)} utterances, {part.seconds / 60:.1f} minutes", dict(languages))
+        for i, u in enumerate(speech.few(5).utterances):
+            print(f"  {u.id}: {u.samples / SAMPLE_RATE:.2f} s, loudest sample {speech.few(5)[i].abs().max():.2f}, “{u.text}”")
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")
-    for i in range(0, len(speech), len(speech) // 5):
-        u = speech.utterances[i]
-        print(f"  {u.id}: {u.samples / SAMPLE_RATE:.2f} s, loudest sample {speech[i].abs().max():.2f}, “{u.text}”")

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Speech, pad
+from data import Speech, loader
 from ofa_encoder import CONSTANT_ALPHA, FRAME_MS, SAMPLE_RATE, period_from_lam
 
 PERIODS_MS = (20, 25, 33, 50, 90, 180)  # asked of the encoder, which answers with λ
@@ -24,15 +24,18 @@ def evaluate(distiller, teacher, speech: Speech, lams, device="cpu"):
     order = np.argsort([u.samples for u in speech.utterances])
     rows = []
     for lam in lams:
-        loss, covered, frames, tokens, mass = 0, 0, 0, 0, 0
-        for k in range(0, len(order), 16):
-            waveforms, lengths = (t.to(device) for t in pad([speech[i] for i in order[k : k + 16]]))
+        loss, covered, frames, tokens, mass, heard = 0, 0, 0, 0, 0, []
+        for used, waveforms, lengths in loader(speech, [order[k : k + 16].tolist() for k in range(0, len(order), 16)]):
+            waveforms, lengths = waveforms.to(device), lengths.to(device)
+            heard += [w[:n] for w, n in zip(waveforms[::8], lengths[::8])]
+            if not used:
+                continue
             out, batch_loss, batch_covered = distiller(waveforms, lengths, teacher(waveforms, lengths), lam)
             loss, covered = loss + (batch_loss * batch_covered).sum((1, 2)), covered + batch_covered.sum()
             valid = torch.arange(out.alpha.shape[1], device=device) < out.frames[:, None]
             frames, tokens = frames + out.frames.sum().item(), tokens + out.lengths.sum().item()
             mass += (out.alpha * valid).sum().item()
-        some = [speech[i] for i in order[:: max(1, len(order) // 20)]]
+        some = heard[:: max(1, len(heard) // 20)]
         rows.append({"lam": lam, "period_ms": FRAME_MS * frames / tokens, "tokens_per_s": 1000 / FRAME_MS * tokens / frames,
                      "distillation": (loss / covered).tolist(),
                      "transformer_gflops_per_s": transformer_gflops(distiller.encoder, some, lam, device)})

@@ -1,6 +1,6 @@
 """One style for every figure, and the figure of one utterance at several λ.
 
-The same thing has the same colour everywhere (Okabe and Ito's palette, safe for the colour-blind): λ from light to dark.
+The same thing has the same colour everywhere (from Okabe and Ito's palette, safe for the colour-blind).
 """
 
 import matplotlib
@@ -8,9 +8,9 @@ import matplotlib.pyplot as plt
 import torch
 import torchaudio
 
-from ofa_encoder import FRAME_MS, SAMPLE_RATE, modify_alpha
+from ofa_encoder import FRAME_MS, SAMPLE_RATE
 
-COLOURS = {"waveform": "#555555", "alpha": "#0072B2", "fire": "#D55E00", "boundary": "#009E73"}
+COLOURS = {"waveform": "#555555", "alpha": "#0072B2", "fire": "#D55E00"}
 STYLE = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 100, "savefig.dpi": 130,
          "axes.titlelocation": "left", "axes.titlesize": 12, "legend.frameon": False}
 
@@ -29,7 +29,7 @@ def utterance_figure(encoder, waveform, text, lams, path):
         axes[1].set(ylabel="mel channel", yticks=[0, 40, 80])
         for axis, lam in zip(axes[2:], lams):
             out = encoder(waveform[None], lam=lam)
-            alpha = modify_alpha(out.alpha[0], lam)
+            alpha = out.fired.alpha[0]
             times = out.fired.fire_times[0] * FRAME_MS / 1000
             axis.vlines(times, 0, 1, color=COLOURS["fire"], linewidth=1.5, label="a token fires")
             axis.stairs(alpha, torch.arange(len(alpha) + 1) * FRAME_MS / 1000, fill=True, color=COLOURS["alpha"], alpha=0.7,

@@ -60,7 +60,7 @@ def arguments():
     add("--batch", type=int, default=16, help="utterances")
     add("--lr", type=float, default=2e-3, help="of the head; halved after a third of the patience")
     add("--encoder-lr", type=float, default=1e-4, help="of the encoder, with --unfreeze")
-    add("--device", default="cpu", help="cpu, cuda or mps")
+    add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where it runs")
     add("--out", default="runs/finetune", help="folder for the points")
     args = parser.parse_args()
     for lam in args.lam:

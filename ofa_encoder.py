@@ -43,9 +43,9 @@ COMPRESSIONS = ("cif", *CONSTANT_ALPHA)
 
 
 def modify_alpha(alpha, lam):
-    """α′ from alpha (any shape) and λ in [0, 2), a float or a scalar tensor with gradient.."""
+    """α′ from alpha (any shape) and λ in [0, 2), a float or a scalar tensor with gradient."""
     lam = torch.as_tensor(lam, dtype=alpha.dtype, device=alpha.device)
-    return relu(1 - lam) + (relu(lam) - 2 * relu(lam - 1)) * alpha
+    return torch.where(lam <= 1, 1 - lam + lam * alpha, (2 - lam) * alpha)  # relu has no slope at its corner, λ = 0 or 1
 
 
 def period_from_lam(lam, mean_alpha) -> float:
@@ -62,7 +62,10 @@ def lam_from_period(period_ms, mean_alpha) -> float:
 
 
 def check_lam(lam) -> float:
-    lam = torch.as_tensor(lam).detach().item()
+    lam = torch.as_tensor(lam).detach()
+    if lam.numel() != 1:
+        raise ValueError(f"λ has shape {tuple(lam.shape)}, expected one number")
+    lam = lam.item()
     if not 0 <= lam < 2:
         raise ValueError(f"λ is {lam:g}, expected 0 <= λ < 2 (0: a token every 20 ms, 1: about one a phone)")
     return lam
@@ -70,7 +73,7 @@ def check_lam(lam) -> float:
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of an encoder. HuBERT's CNN has seven layers of these kernels and strides: 400 samples see 1 frame, 320 apart."""
+    """Sizes of an encoder. HuBERT's CNN has seven layers of these kernels and strides: a frame sees 400 samples, the next one starts 320 later."""
 
     channels: tuple[int, ...] = (512,) * 7  # of the CNN
     dim: int = 768                          # D, of the Transformer
@@ -94,7 +97,7 @@ class Encoded(NamedTuple):
 
     hidden_states: list[Tensor]  # the Transformer's input and each layer's output, (B, T, D), zero past each length
     lengths: Tensor              # (B,) tokens
-    alpha: Tensor                # (B, S) α, before λ
+    alpha: Tensor                # (B, S) α, before λ; of a fixed-rate peer its constant
     fired: Fired                 # what CIF did: fire_times to plot, and what expand needs
     frames: Tensor               # (B,) frames of 20 ms, before compression
 
@@ -198,7 +201,7 @@ class OFAEncoder(nn.Module):
             raise ValueError(f"lengths has shape {tuple(lengths.shape)} and type {lengths.dtype}, expected whole samples ({B},)")
         if B == 0 or (lengths < MIN_SAMPLES).any() or (lengths > N).any():
             raise ValueError(f"waveforms of {lengths.tolist()} samples (padded to {N}), "
-                             f"expected {MIN_SAMPLES} (25 ms at 16 kHz) or more")
+                             f"expected {MIN_SAMPLES} (25 ms at 16 kHz) to {N}")
         lengths = lengths.to(waveforms.device)
         padding = torch.arange(N, device=waveforms.device) >= lengths[:, None]
         if not (waveforms.isfinite() | padding).all():
@@ -207,6 +210,8 @@ class OFAEncoder(nn.Module):
 
     def lam_for(self, period_ms) -> float:
         """λ for a wanted mean frame period in ms, by the mean α measured when this encoder was pre-trained."""
+        if self.config.compression != "cif":
+            raise ValueError(f"this encoder has one fixed rate ({self.config.compression}): it can't be asked for {period_ms} ms")
         return lam_from_period(period_ms, self.mean_alpha.item())
 
     def checkpoint(self) -> dict:

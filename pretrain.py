@@ -5,14 +5,14 @@ linear head per taught layer predicts the teacher's vectors h there. α is guide
 
     loss = Σ_layers mean over frames of  |ĥ - h|₁ / D - log σ(cos(ĥ, h))            distillation (DistilHuBERT)
          + 0.5  · mean over frames of    |α_s - pseudo-α_s|                         frame guidance (OFA)
-         + 0.05 · mean over segments of  |α_1 + … + α_e(i) - i|                     i-th segment, which ends at frame e(i)
+         + 0.05 · mean over segments of  |α_1 + … + α_e(i) - i|                     segments i = 1, 2, …, ending at frames e(i)
          + q    · mean over utterances of |mean α - target|                         quantity, optional (--quantity q)
 
 The guidance acts on α before λ changes it. Frames of a dropped tail belong to no token: they carry no distillation loss.
 
 One loop serves a CPU, a GPU, and many (torchrun). Everything random at a step, λ and data order included, is a function of
 (seed, step), so that a run that was stopped goes on exactly (--resume), and all processes draw the same λ. A step's batch is
-dealt out among processes and accumulated parts; losses are divided by the whole batch's counts, so the deal does not matter.
+dealt out among processes and accumulated parts; losses are divided by the whole batch's counts, so the deal does not matter (but for dropout).
 
 Sources: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models", ICASSP 2023;
 Chang, Yang and Lee, "DistilHuBERT", ICASSP 2022.
@@ -65,7 +65,7 @@ def arguments():
     add("--compression", choices=COMPRESSIONS, default="cif", help="cif follows λ; the others are fixed-rate peers")
     add("--lam", type=float, help="train at this λ alone (a single-rate peer); None: draw λ at each step")
     add("--lam-distribution", choices=("uniform", "uniform-period"), default="uniform", help="draw λ, or the period in ms, uniformly")
-    add("--lam-max", type=float, default=1.5, help="largest λ drawn, at most 2")
+    add("--lam-max", type=float, default=1.6, help="largest λ drawn, at most 2")
     add("--quantity", type=float, default=0.0, help="weight of the loss that pulls mean α to 20 / segment-ms")
     add("--out", default="runs/pretrain", help="folder for the checkpoint, table and figure")
     add("--steps", type=int, default=1200, help="optimiser steps")
@@ -75,8 +75,8 @@ def arguments():
     add("--warmup", type=int, default=60, help="steps over which it rises")
     add("--clip", type=float, default=5.0, help="largest norm of the gradient")
     add("--seed", type=int, default=0, help="of weights, data order and λ")
-    add("--device", default="auto", help="cpu, cuda, mps, or auto: the best there is")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="bf16 autocast, or not; auto: where it is fast")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the best there is")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 autocast on CUDA and on CPUs made for it")
     add("--workers", type=int, default=0, help="processes that read sound ahead of time")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
@@ -144,7 +144,7 @@ def draw_lam(args, step, mean_alpha) -> float:
     return lam_from_period(FRAME_MS + u * (period_from_lam(lam_max, mean_alpha) - FRAME_MS), mean_alpha)
 
 
-# Flags that may differ when a run is resumed: they change where it runs, not what it computes.
+# Flags that may differ when a run is resumed: they change where and how fast it runs. (Another device rounds differently.)
 FREE = {"resume", "device", "workers", "save_every", "root", "out"}
 
 
@@ -166,10 +166,10 @@ def main():
         dist.barrier()
     speech = load(args.data, args.root)
     teacher = load_teacher(args.teacher, args.teacher_layers, args.teacher_heads).to(device)
-    path = args.boundaries or boundaries.cache_path(speech, args.teacher, args.segment_ms, args.root)
-    if not args.boundaries and not path.exists():
-        boundaries.segment(speech, teacher, path, args.segment_ms, device=device, seed=args.seed)
     train, valid = speech.part("train"), speech.part("valid")
+    path = args.boundaries or boundaries.cache_path(train, args.teacher, teacher.layers[-1], args.segment_ms, args.root)
+    if not args.boundaries and not path.exists():
+        boundaries.segment(train, teacher, path, args.segment_ms, device=device)
     ends = boundaries.read(path, train)
     if world > 1 and rank == 0:
         dist.barrier()

@@ -1,6 +1,6 @@
 """What the student imitates: the layers of a teacher, 50 vectors a second.
 
-    mfcc         offline: 13 MFCCs with first and second differences, one "layer" of 39 dimensions. Window 400 and hop 320
+    mfcc         needs no download: 13 MFCCs with first and second differences, one "layer" of 39 dimensions. Window 400 and hop 320
                  without centring put its frames where the CNN has its own.
     hubert_base  torchaudio's HuBERT Base: layers 4, 8 and 12, as DistilHuBERT (Chang et al., ICASSP 2022) distils them
     FILE         a HuBERT or wav2vec 2.0 model of torchaudio, saved with torch.save(model.state_dict(), FILE)

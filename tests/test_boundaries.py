@@ -60,9 +60,10 @@ def test_segments_of_real_speech_last_as_long_as_asked(some, tmp_path):
 
 
 def test_cache_path_tells_corpora_teachers_and_periods_apart(some):
-    paths = {boundaries.cache_path(*key, "data") for key in
-             ((some, "mfcc", 90.0), (some, "hubert_base", 90.0), (some, "mfcc", 60.0), (Speech(some.utterances[1:]), "mfcc", 90.0))}
-    assert len(paths) == 4 and boundaries.cache_path(some, "mfcc", 90.0, "data") in paths
+    keys = ((some, "mfcc", "mfcc", 90.0), (some, "hubert_base", 12, 90.0), (some, "hubert_base", 4, 90.0), (some, "mfcc", "mfcc", 60.0),
+            (Speech(some.utterances[1:]), "mfcc", "mfcc", 90.0))
+    paths = {boundaries.cache_path(*key, "data") for key in keys}
+    assert len(paths) == 5 and boundaries.cache_path(*keys[0], "data") in paths
 
 
 def test_pseudo_alpha_by_hand():
@@ -76,7 +77,7 @@ def test_file_of_times(some, tmp_path):
     few = Speech(some.utterances[:2])
     a, b = (u.id for u in few.utterances)
     path = tmp_path / "mine.tsv"
-    path.write_text(f"{a}\t0.1 0.1 0.205 99\n{b}\t0.3\n")
+    path.write_text(f"{a}\t0.00 0.1 0.1 0.205 99\n{b}\t0.3\n")
     ends = boundaries.read(path, few)
     assert ends[0].tolist() == [5, 10, boundaries.frames_of(few.utterances[0].samples)]
     assert ends[1].tolist() == [15, boundaries.frames_of(few.utterances[1].samples)]

@@ -40,6 +40,14 @@ def test_normalise_and_trim():
     assert corpus.trim(sound).shape == (3_200 + 2 * 800,) and len(corpus.trim(sound * 0)) == 0 and len(corpus.trim(sound[:100])) == 0
 
 
+def test_groups_are_joined_by_text_across_prompts():
+    rows = [("a", "yes"), ("b", "no"), ("b", "nein"), ("c", "nein"), ("c", "ja"), ("d", "yes"), ("e", "else")]
+    utterances = [dict(group=group, text=text) for group, text in rows]
+    corpus.join_groups(utterances)
+    groups = [u["group"] for u in utterances]
+    assert groups[0] == groups[5] and len(set(groups[1:5])) == 1 and len(set(groups)) == 3
+
+
 def test_broken_download_leaves_nothing(tmp_path, monkeypatch):
     name, file = "en", "asterisk-core-sounds-en_1.6.1-1_all.deb"
     content = b"!<arch>\n" + bytes(range(256)) * 100
@@ -84,6 +92,7 @@ def mixed_folder(tmp_path):
     (tmp_path / "broken.wav").write_bytes(b"RIFF and then nothing")
     (tmp_path / "zero-bytes.mp3").touch()
     (tmp_path / "notes.txt").write_text("not a sound file")
+    (tmp_path / "headerless.raw").write_bytes(bytes(4000))
     return tmp_path
 
 
@@ -181,5 +190,6 @@ def test_unknown_librispeech_subset(tmp_path):
 
 
 def test_few_are_spread(asterisk):
-    assert len(asterisk.few(10)) == 10 and len({u.language for u in asterisk.few(10).utterances}) == 5
+    for count in (10, len(asterisk) * 3 // 4):
+        assert len(asterisk.few(count)) == count and len({u.language for u in asterisk.few(count).utterances}) == 5
     assert len(asterisk.few(10**6)) == len(asterisk)

@@ -39,6 +39,13 @@ def test_lam_and_period_are_inverse(lam, mean_alpha):
     assert lam_from_period(period_from_lam(lam, mean_alpha), mean_alpha) == pytest.approx(lam, abs=1e-6)
 
 
+@pytest.mark.parametrize("lam, slope", [(0.0, 0.25 - 1), (0.5, 0.25 - 1), (1.0, 0.25 - 1), (1.5, -0.25)])
+def test_modified_alpha_has_a_slope_everywhere(lam, slope):
+    lam = torch.tensor(lam, requires_grad=True)
+    modify_alpha(torch.tensor(0.25), lam).backward()
+    assert lam.grad.item() == slope
+
+
 def test_design_examples():
     assert period_from_lam(0, 0.22) == 20 and period_from_lam(1, 20 / 90) == pytest.approx(90)
     assert period_from_lam(1.5, 20 / 90) == pytest.approx(180) and lam_from_period(50, 20 / 90) == pytest.approx((1 - 0.4) / (1 - 20 / 90))
@@ -142,6 +149,7 @@ sound = torch.zeros(2, 800)
     ((sound, None, -0.1), "λ is -0.1"),
     ((sound, None, float("nan")), "λ is nan"),
     ((sound, None, torch.tensor(2.5)), "λ is 2.5"),
+    ((sound, None, torch.tensor([0.1, 0.2])), r"λ has shape \(2,\)"),
 ])
 def test_bad_input_is_named(encoder, arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -151,6 +159,8 @@ def test_bad_input_is_named(encoder, arguments, message):
 def test_fixed_rate_refuses_lam_and_unknown_compression():
     with pytest.raises(ValueError, match="one fixed rate"):
         small("average2")(sound, lam=0.5)
+    with pytest.raises(ValueError, match="can't be asked for 40 ms"):
+        small("average2").lam_for(40)
     with pytest.raises(ValueError, match="average3"):
         small("average3")
 

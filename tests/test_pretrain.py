@@ -181,7 +181,7 @@ def test_flops_are_those_of_the_formula():
     c, T = encoder.config, 99  # two seconds
     layer = 2 * T * (4 * c.dim**2 + 2 * c.dim * c.ff) + 4 * T**2 * c.dim
     positions = 2 * (T + 1) * c.dim * c.dim // 16 * c.pos_kernel
-    assert transformer_gflops(encoder, [torch.randn(32_000)], 0.0) == pytest.approx((c.layers * layer + positions) / 2e9, rel=0.01)
+    assert transformer_gflops(encoder, [torch.randn(32_000)] * 2, 0.0) == pytest.approx((c.layers * layer + positions) / 2e9, rel=0.01)
 
 
 def test_non_finite_loss_stops_with_its_cause(run, monkeypatch):
