@@ -10,7 +10,8 @@ import torchaudio
 
 from ofa_encoder import FRAME_MS, SAMPLE_RATE
 
-COLOURS = {"waveform": "#555555", "alpha": "#0072B2", "fire": "#D55E00"}
+COLOURS = {"waveform": "#555555", "alpha": "#0072B2", "fire": "#D55E00", "ofa": "#009E73", "peer": "#000000", "learned": "#CC79A7",
+           "logmel": "#E69F00", "random": "#56B4E9", "deaf": "#999999", "starts": ["#CC79A7", "#0072B2", "#E69F00"]}
 STYLE = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 100, "savefig.dpi": 130,
          "axes.titlelocation": "left", "axes.titlesize": 12, "legend.frameon": False}
 

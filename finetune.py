@@ -1,10 +1,8 @@
 """Downstream tasks at any rate: a small head on the frozen encoder, trained to a plateau, at each λ and seed asked for.
 
-    hidden states (L + 1, T, D) of every utterance at λ, computed once and kept  ─ head (heads.py) ─ symbols or labels
+    what is heard of an utterance at λ (heard.py) ─ head (heads.py) ─ symbols or labels (tasks.py)
 
-Tasks and their data are in tasks.py. Baselines with the same head: --features logmel (80 log-mel channels, a frame every
-20 ms), random (the encoder with untrained weights), deaf (one zero vector, whatever was said: what the head knows without
-hearing). An utterance that λ makes too short for its text under CTC is counted (infeasible) and scored like any other.
+Baselines have the same head and hear something else (--features). An utterance that λ makes too short for its text under CTC is counted (infeasible) and scored like any other.
 
 Every point, one λ and one seed, is a JSON file in --out with configuration, metric and cost. A point that is there is not
 computed again, so a sweep goes on where it was stopped; a file of another configuration is refused.
@@ -19,6 +17,8 @@ import argparse
 import copy
 import hashlib
 import json
+import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -27,20 +27,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchaudio
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 from tqdm import tqdm
 
-from data import pad
-from evaluate import transformer_gflops
+from data import SPLITS
 from heads import CTCHead, PoolHead, Seq2SeqHead
-from ofa_encoder import FRAME_MS, SAMPLE_RATE, OFAEncoder, check_lam
+from heard import FEATURES, Frames, Heard, Live
+from ofa_encoder import OFAEncoder, check_lam
+from pretrain import use_bf16
 from tasks import KINDS, Task, load_task
 
-FEATURES = ("encoder", "random", "logmel", "deaf")
 
-
-def arguments():
-    parser = argparse.ArgumentParser(description="Train a head on the encoder at each λ and seed.",
+def arguments(description="Train a head on the encoder at each λ and seed.", lam="each λ to train a head at"):
+    """The flags, which adaptive_lambda.py adds to."""
+    parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", help="encoder.pt or checkpoint.pt of pretrain.py; needed unless --features is logmel or deaf")
@@ -48,21 +48,27 @@ def arguments():
     add("--data", default="asterisk", help="asterisk, or a TSV with columns path, text or label, and optionally split")
     add("--root", default="data", help="folder of the embedded corpus")
     add("--features", choices=FEATURES, default="encoder", help="what the head hears: the encoder, or a baseline")
-    add("--lam", type=float, nargs="+", default=[0.0], help="each λ to train a head at")
-    add("--seeds", type=int, default=1, help="heads for each λ, with seeds 0, 1, …")
+    add("--lam", type=float, nargs="+", default=[0.0], help=lam)
+    add("--seeds", type=int, default=1, help="heads for each λ")
+    add("--seed", type=int, default=0, help="of the first of them; the next ones count up")
     add("--unfreeze", action="store_true", help="train the encoder too (slow: nothing is kept between epochs)")
     add("--head", choices=("blstm", "linear", "superb"), default="blstm", help="what CTC stands on")
     add("--slots", type=int, default=1, help="symbols that a token may emit under CTC")
     add("--ctc-weight", type=float, default=0.3, help="part of a joint CTC loss in seq2seq, 0 to 1")
     add("--beam", type=int, default=1, help="hypotheses of seq2seq; 1: greedy")
     add("--epochs", type=int, default=120, help="at most")
-    add("--patience", type=int, default=15, help="epochs without a better validation score or loss before it stops")
+    add("--patience", type=int, default=12, help="epochs without a better validation score or loss before it stops")
     add("--batch", type=int, default=16, help="utterances")
     add("--lr", type=float, default=2e-3, help="of the head; halved after a third of the patience")
     add("--encoder-lr", type=float, default=1e-4, help="of the encoder, with --unfreeze")
+    add("--fold", type=int, default=1, help="session of IEMOCAP that is held out for test (--task er)")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of heads in training: see pretrain.py")
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where it runs")
     add("--out", default="runs/finetune", help="folder for the points")
-    args = parser.parse_args()
+    return parser
+
+
+def check(args):
     for lam in args.lam:
         check_lam(lam)
     if args.features in ("encoder", "random") and not args.checkpoint:
@@ -74,56 +80,6 @@ def arguments():
             raise ValueError(f"--{name} is {getattr(args, name)}, expected 1 or more")
     if not 0 <= args.ctc_weight < 1:
         raise ValueError(f"--ctc-weight is {args.ctc_weight}, expected 0 <= weight < 1")
-    return args
-
-
-class Heard:
-    """What the head hears of each utterance: states[i] (L + 1, T, D) in half precision, and what it cost."""
-
-    @torch.no_grad()
-    def __init__(self, speech, features, encoder, lam, device):
-        self.states, frames, started = [None] * len(speech), 0, time.time()
-        order = sorted(range(len(speech)), key=lambda i: speech.utterances[i].samples)
-        for k in tqdm(range(0, len(order), 16), desc=f"{features} at λ = {lam:g}", unit=" batches", leave=False):
-            indices = order[k : k + 16]
-            waveforms, lengths = (t.to(device) for t in pad([speech[i] for i in indices]))
-            if features == "deaf":
-                states, tokens = torch.zeros(1, len(indices), 1, 8), [1] * len(indices)
-            elif features == "logmel":
-                states, tokens = zip(*(log_mel(w[:n]) for w, n in zip(waveforms, lengths)))
-                states = pad_sequence(states, batch_first=True)[None]
-            else:
-                out = encoder(waveforms, lengths, lam)
-                states, tokens = torch.stack(out.hidden_states), out.lengths.tolist()
-            frames += sum((n - 400) // 320 + 1 for n in lengths.tolist())
-            for b, i in enumerate(indices):
-                self.states[i] = states[:, b, : tokens[b]].half().cpu()
-        self.tokens = sum(s.shape[1] for s in self.states)
-        self.period_ms, self.seconds = FRAME_MS * frames / self.tokens, time.time() - started
-        few = [speech[i] for i in order[:: max(1, len(order) // 20)]]
-        self.gflops = transformer_gflops(encoder, few, lam, device) if encoder else 0.0
-
-    def __call__(self, indices, device):
-        """A batch: hidden states (B, L + 1, T, D), zero past each length, and lengths (B,)."""
-        rows = [self.states[i].to(device).float() for i in indices]
-        hidden = pad_sequence([row.transpose(0, 1) for row in rows], batch_first=True)     # (B, T, L + 1, D)
-        return hidden.transpose(1, 2), torch.tensor([row.shape[1] for row in rows], device=device)
-
-
-def log_mel(waveform):
-    """80 log-mel channels at the CNN's frames: (samples,) -> (S, 80), S."""
-    mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=400, hop_length=320, n_mels=80, center=False)
-    x = (mel(waveform.cpu()) + 1e-6).log().T
-    return x, len(x)
-
-
-def live(encoder, speech, lam):
-    """As Heard, but with the encoder run anew, and trained, at every batch."""
-    def heard(indices, device):
-        waveforms, lengths = (t.to(device) for t in pad([speech[i] for i in indices]))
-        out = encoder(waveforms, lengths, lam)
-        return torch.stack(out.hidden_states, 1), out.lengths
-    return heard
 
 
 def score(task: Task, predicted: list, targets: list) -> float:
@@ -149,41 +105,40 @@ def build_head(args, task, layers, dim):
     if task.kind == "ctc":
         return CTCHead(layers, dim, n, args.head, args.slots)
     if task.kind == "seq2seq":
-        return Seq2SeqHead(layers, dim, n, ctc_weight=args.ctc_weight, beam=args.beam)
+        longest = max(len(task.targets[i]) for i in task.indices("train"))
+        return Seq2SeqHead(layers, dim, n, ctc_weight=args.ctc_weight, beam=args.beam, most=longest)
     return PoolHead(layers, dim, n, several=task.metric == "mAP")
 
 
-def train(args, task: Task, heard, seed, encoder=None):
-    """Train a head until the validation split says stop. Returns a dict: test and validation score at the best validation
-    epoch, epochs, infeasible utterances, and predictions on test."""
+def train(args, task: Task, heard, seed, groups=(), cost=lambda: 0.0, watch=dict):
+    """Train a head until the validation split says stop. Returns the part of a point (a dict) that says how it went.
+
+    heard(indices) gives hidden states and lengths. If it is a module, it is trained too: groups are its groups of parameters
+    for the optimiser; cost() is added to a batch's loss; what watch() returns goes into each epoch's row of the history.
+    The head, and the module, are left as they were at the epoch with the best validation score."""
     torch.manual_seed(seed)
     number = {s: k for k, s in enumerate(task.symbols)}
     targets = [[number.get(s, -1) for s in ([t] if isinstance(t, str) else t)] for t in task.targets]
     with torch.no_grad():
-        hidden, lengths = heard(task.indices("train")[:: max(1, len(task.indices("train")) // 200)], args.device)
+        hidden, lengths = heard(task.indices("train")[:: max(1, len(task.indices("train")) // 200)])
     head = build_head(args, task, hidden.shape[1], hidden.shape[3]).to(args.device)
     head.mix.standardise(hidden, lengths)
-    groups = [{"params": head.parameters()}] + ([{"params": encoder.parameters(), "lr": args.encoder_lr}] if encoder else [])
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)
+    learners = nn.ModuleList([head, heard] if isinstance(heard, nn.Module) else [head])
+    optimizer = torch.optim.AdamW([{"params": head.parameters()}, *groups], lr=args.lr, weight_decay=0.01)
     slower = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=max(1, args.patience // 3))
-    splits = {split: sorted(task.indices(split), key=lambda i: task.speech.utterances[i].samples) for split in ("train", "valid", "test")}
+    splits = {split: sorted(task.indices(split), key=lambda i: task.speech.utterances[i].samples) for split in SPLITS}
     better = (lambda a, b: a > b) if task.kind == "pool" else (lambda a, b: a < b)
 
     def batches(split):
         rows = splits[split]
         return [rows[k : k + args.batch] for k in range(0, len(rows), args.batch)]
 
-    def modules(training):
-        head.train(training)
-        if encoder:
-            encoder.train(training)
-
     @torch.no_grad()
     def test(split):
-        modules(False)
+        learners.eval()
         loss, predicted, wanted, infeasible = 0.0, [], [], 0
         for batch in batches(split):
-            hidden, lengths = heard(batch, args.device)
+            hidden, lengths = heard(batch)
             wanted += [targets[i] for i in batch]
             known = [[s for s in targets[i] if s >= 0] for i in batch]
             loss += head.loss(hidden, lengths, known).item() * len(batch) / len(splits[split])
@@ -191,82 +146,129 @@ def train(args, task: Task, heard, seed, encoder=None):
             infeasible += head.infeasible(lengths, known) if task.kind == "ctc" else 0
         return loss, score(task, predicted, wanted), infeasible, predicted
 
-    best, lowest, stale, kept = None, float("inf"), 0, None
+    best, lowest, stale, kept, history = None, float("inf"), 0, None, []
     generator = np.random.default_rng(seed)
     bar = tqdm(range(args.epochs), desc=f"seed {seed}", unit=" epochs", leave=False)
     for epoch in bar:
-        modules(True)
-        shuffled = batches("train")
+        learners.train()
+        shuffled, heard_loss = batches("train"), 0.0
         for k in generator.permutation(len(shuffled)):
-            hidden, lengths = heard(shuffled[k], args.device)
-            loss = head.loss(hidden, lengths, [targets[i] for i in shuffled[k]])
+            hidden, lengths = heard(shuffled[k])
+            with torch.autocast(args.device, torch.bfloat16, enabled=use_bf16(args, torch.device(args.device))):
+                loss = head.loss(hidden, lengths, [targets[i] for i in shuffled[k]]) + cost()
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 5.0)
+            norm = nn.utils.clip_grad_norm_(learners.parameters(), 5.0)
+            if not norm.isfinite():
+                raise FloatingPointError(f"seed {seed}, epoch {epoch + 1}: loss {loss.item()}, gradient {norm.item()}, utterances "
+                                         f"{[task.speech.utterances[i].id for i in shuffled[k]]}; try a smaller --lr")
             optimizer.step()
+            heard_loss += loss.item() / len(shuffled)
         valid_loss, valid, _, _ = test("valid")
+        history.append({"train_loss": heard_loss, "valid_loss": valid_loss, "valid": valid, **watch()})
         slower.step(valid_loss)
         stale += 1
         if valid_loss < lowest:
             lowest, stale = valid_loss, 0
         if best is None or better(valid, best):
-            best, stale = valid, 0
-            kept = copy.deepcopy((head.state_dict(), encoder.state_dict() if encoder else None)), epoch
+            best, stale, kept = valid, 0, (copy.deepcopy(learners.state_dict()), epoch)
         bar.set_postfix_str(f"valid {task.metric} {valid:.1f} %, best {best:.1f} %, loss {valid_loss:.3f}")
         if stale >= args.patience:
             break
-    head.load_state_dict(kept[0][0])
-    if encoder:
-        encoder.load_state_dict(kept[0][1])
+    learners.load_state_dict(kept[0])
     _, result, infeasible, predicted = test("test")
-    shown = [predicted[splits["test"].index(i)] for i in splits["test"]][:5] if task.kind != "pool" else []
     join = "".join if task.kind == "ctc" else " ".join
+    examples = [] if task.kind == "pool" else [
+        {"wanted": join(task.targets[i]), "predicted": join(task.symbols[s] for s in p)} for i, p in zip(splits["test"][::40], predicted[::40])]
     return {"test": result, "valid": best, "epochs": epoch + 1, "best_epoch": kept[1] + 1, "infeasible_test": infeasible,
-            "test_utterances": len(splits["test"]),
-            "examples": [{"wanted": join(task.targets[i]), "predicted": join(task.symbols[s] for s in p)} for i, p in zip(splits["test"], shown)]}
+            "infeasible_train": test("train")[2] if task.kind == "ctc" else 0, "test_utterances": len(splits["test"]),
+            "examples": examples, "history": history}
 
 
-def main():
-    args = arguments()
+def prepare(args):
+    """The encoder (None for logmel and deaf), the task, and what a point says about its configuration."""
     encoder = OFAEncoder.from_checkpoint(args.checkpoint).to(args.device) if args.features in ("encoder", "random") else None
     task = load_task(args.task, args.data, args.root)
+    config = {k: v for k, v in vars(args).items() if k not in ("lam", "seeds", "seed", "out", "root", "device")}
+    config["checkpoint_sha1"] = hashlib.sha1(Path(args.checkpoint).read_bytes()).hexdigest()[:12] if encoder else None
     if encoder and args.features == "random":
         torch.manual_seed(0)
         encoder = OFAEncoder(encoder.config).to(args.device).eval()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    config = {k: v for k, v in vars(args).items() if k not in ("lam", "seeds", "out", "root", "device")}
-    config["checkpoint_sha1"] = hashlib.sha1(Path(args.checkpoint).read_bytes()).hexdigest()[:12] if encoder else None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    for lam in args.lam if args.features in ("encoder", "random") else [0.0]:
+    if encoder:
+        encoder.requires_grad_(args.unfreeze)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    return encoder, task, config
+
+
+def is_there(path, config) -> bool:
+    """Whether the point has been computed. Raises ValueError if the file holds one of another configuration."""
+    if not path.exists():
+        return False
+    there = json.loads(path.read_text(encoding="utf-8"))["config"]
+    differ = sorted(k for k in {*config, *there} if there.get(k) != config.get(k))
+    if differ:
+        raise ValueError(f"{path} is of another configuration ({', '.join(differ)} differ): choose another --out")
+    print(f"{path} is there")
+    return True
+
+
+def save_point(path, point):
+    """Write the point, with the commit, machine and date that made it, in one go."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    point = {**point, "commit": git.stdout.strip(), "machine": machine, "date": time.strftime("%Y-%m-%d")}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(point, indent=1, ensure_ascii=False), encoding="utf-8")
+    partial.replace(path)
+
+
+def main():
+    parser = arguments()
+    args = parser.parse_args()
+    check(args)
+    encoder, task, config = prepare(args)
+    frames = None
+    for lam in args.lam if encoder else [0.0]:
         heard = None
-        for seed in range(args.seeds):
-            path = out / f"{args.task}-{args.features}-lam{lam:g}-seed{seed}.json"
-            if path.exists():
-                there = json.loads(path.read_text())["config"]
-                if there != {**config, "lam": lam, "seed": seed}:
-                    differ = sorted(k for k in config if there.get(k) != config[k])
-                    raise ValueError(f"{path} is of another configuration ({', '.join(differ)} differ): choose another --out")
-                print(f"{path} is there")
+        for seed in range(args.seed, args.seed + args.seeds):
+            path = Path(args.out) / f"{args.task}-{args.features}-lam{lam:g}-seed{seed}.json"
+            if is_there(path, {**config, "lam": lam, "seed": seed}):
                 continue
-            heard = heard or Heard(task.speech, args.features, encoder, lam, args.device)
-            started, learner = time.time(), copy.deepcopy(encoder) if args.unfreeze else None
-            point = train(args, task, live(learner, task.speech, lam) if learner else heard, seed, learner)
-            point = {"config": {**config, "lam": lam, "seed": seed}, "metric": task.metric, **point, "frame_period_ms": heard.period_ms,
-                     "tokens": heard.tokens, "transformer_gflops_per_s": heard.gflops, "encode_s": heard.seconds,
-                     "train_s": time.time() - started, "commit": commit, "date": time.strftime("%Y-%m-%d")}
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(point, indent=1, ensure_ascii=False))
-            partial.replace(path)
+            if encoder and not frames:
+                frames = Frames(task.speech, encoder, args.device)
+            heard = heard or Heard(task.speech, args.features, encoder, lam, args.device, frames)
+            started = time.time()
+            if args.unfreeze:
+                live = Live(task.speech, copy.deepcopy(encoder), lam, args.device)
+                point = train(args, task, live, seed, groups=[{"params": live.encoder.parameters(), "lr": args.encoder_lr}])
+            else:
+                point = train(args, task, heard, seed)
+            save_point(path, {"config": {**config, "lam": lam, "seed": seed}, "command": command("finetune.py", parser, args, lam, seed), "metric": task.metric,
+                              **point, **cost_of(heard, frames), "train_s": time.time() - started})
             infeasible = f", {point['infeasible_test']} of {point['test_utterances']} too short for CTC" if task.kind == "ctc" else ""
             print(f"λ = {lam:g} ({heard.period_ms:.1f} ms), seed {seed}: test {task.metric} {point['test']:.1f} % after {point['epochs']} "
-                  f"epochs, {point['train_s']:.0f} s{infeasible}")
+                  f"epochs, {time.time() - started:.0f} s{infeasible}")
+
+
+def command(script, parser, args, lam, seed) -> str:
+    """The command that computes a point again."""
+    values = {**vars(args), "lam": [lam], "seed": seed, "seeds": 1, "out": "runs/again"}
+    words = [script]
+    for name, value in values.items():
+        if value != parser.get_default(name):
+            words += [f"--{name.replace('_', '-')}", *map(str, [] if value is True else value if isinstance(value, list) else [value])]
+    return "python " + shlex.join(words)
+
+
+def cost_of(heard: Heard, frames: Frames | None) -> dict:
+    return {"frame_period_ms": heard.period_ms, "tokens": heard.tokens, "transformer_gflops_per_s": heard.gflops,
+            "cnn_s": frames.seconds if frames else 0.0, "encode_s": heard.seconds}
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"finetune.py: {error}")
     except KeyboardInterrupt:
         sys.exit("finetune.py: stopped; the same command goes on from the last finished point")

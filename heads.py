@@ -3,7 +3,7 @@
 Every head first mixes the hidden states h_0 .. h_L by a learned softmax, x = Σ_l softmax(w)_l · h_l, x (B, T, D), and then
 
     CTCHead      a BiLSTM, or none, and a linear layer: each token emits one symbol or the blank, or with slots k up to k symbols
-    Seq2SeqHead  a Transformer decoder that attends to x; greedy or beam search; optionally a joint CTC loss
+    Seq2SeqHead  a BiLSTM, and a Transformer decoder that attends to it; greedy or beam search; optionally a joint CTC loss
     PoolHead     a linear layer, the mean over tokens, and a linear layer
 
 Each has loss(hidden, lengths, targets) and predict(hidden, lengths), with hidden (B, L + 1, T, D), lengths (B,) in tokens,
@@ -57,13 +57,13 @@ class BiLSTM(nn.Module):
 
 
 class CTCHead(nn.Module):
-    """shape: "blstm" (one layer of 160), "linear", or SUPERB's own for speech recognition, "superb" (two layers of 1024)."""
+    """shape: "blstm" (one layer of 128), "linear", or SUPERB's own for speech recognition, "superb" (two layers of 1024)."""
 
     BLANK = 0
 
     def __init__(self, layers, dim, symbols: int, shape="blstm", slots=1, dropout=0.2):
         super().__init__()
-        width, depth = {"linear": (256, 0), "blstm": (160, 1), "superb": (1024, 2)}[shape]
+        width, depth = {"linear": (256, 0), "blstm": (128, 1), "superb": (1024, 2)}[shape]
         self.mix, self.slots = Mix(layers, dim, width), slots
         self.lstms = nn.ModuleList(BiLSTM(width if i == 0 else 2 * width, width) for i in range(depth))
         self.dropout = nn.Dropout(dropout)
@@ -106,9 +106,11 @@ def sinusoids(x: Tensor) -> Tensor:
 class Seq2SeqHead(nn.Module):
     """Attention decoder. The symbol after the last one, number `symbols`, both starts and ends a text."""
 
-    def __init__(self, layers, dim, symbols: int, width=128, depth=2, ctc_weight=0.0, beam=1, dropout=0.2):
+    def __init__(self, layers, dim, symbols: int, width=128, depth=2, ctc_weight=0.0, beam=1, most=30, dropout=0.2):
         super().__init__()
         self.mix, self.end, self.width, self.beam, self.ctc_weight = Mix(layers, dim, width), symbols, width, beam, ctc_weight
+        self.most = most                                                     # symbols, at the most, in a predicted text
+        self.lstm, self.join = BiLSTM(width, width), nn.Linear(2 * width, width)
         self.embed = nn.Embedding(symbols + 1, width)
         self.dropout = nn.Dropout(dropout)
         self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(width, 4, 4 * width, dropout, batch_first=True, norm_first=True),
@@ -117,7 +119,7 @@ class Seq2SeqHead(nn.Module):
         self.ctc = nn.Linear(width, symbols + 1) if ctc_weight else None     # its blank is the end symbol
 
     def memory(self, hidden, lengths):
-        x = sinusoids(self.dropout(self.mix(hidden)))
+        x = self.join(self.dropout(self.lstm(self.dropout(self.mix(hidden)), lengths)))
         return x, torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
 
     def decode(self, memory, padding, text):
@@ -140,8 +142,8 @@ class Seq2SeqHead(nn.Module):
         return loss
 
     @torch.no_grad()
-    def predict(self, hidden, lengths, most=30):
-        """Beam search with self.beam hypotheses (1: greedy) of up to `most` symbols; of the last ones the best by mean log-probability."""
+    def predict(self, hidden, lengths):
+        """Beam search with self.beam hypotheses (1: greedy) of up to self.most symbols; of the last ones the best by mean log-probability."""
         memory, padding = self.memory(hidden, lengths)
         B, K, V = len(memory), self.beam, self.end + 1
         memory, padding = memory.repeat_interleave(K, 0), padding.repeat_interleave(K, 0)
@@ -149,7 +151,7 @@ class Seq2SeqHead(nn.Module):
         total = torch.zeros(B, K, device=hidden.device).masked_fill(torch.arange(K, device=hidden.device) > 0, -torch.inf)
         ended = torch.zeros(B, K, dtype=torch.bool, device=hidden.device)
         only_end = torch.full((V,), -torch.inf, device=hidden.device).index_fill(0, torch.tensor(self.end, device=hidden.device), 0)
-        while text.shape[2] <= most and not ended.all():
+        while text.shape[2] <= self.most and not ended.all():
             scores = self.decode(memory, padding, text.flatten(0, 1))[:, -1].view(B, K, V)
             scores = torch.where(ended[:, :, None], only_end, scores)         # a text that has ended stays as it is
             total, best = (total[:, :, None] + scores).flatten(1).topk(K)     # (B, K)
@@ -193,6 +195,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     hidden, lengths = torch.randn(2, 3, 12, 16), torch.tensor([12, 2])
     print("pool   ", [scores.argmax().item() for scores in PoolHead(3, 16, 5).eval().predict(hidden, lengths)])
-    print("seq2seq", Seq2SeqHead(3, 16, 5, beam=3).eval().predict(hidden, lengths, most=6))
+    print("seq2seq", Seq2SeqHead(3, 16, 5, beam=3, most=6).eval().predict(hidden, lengths))
     head = CTCHead(3, 16, 5).eval()
     print("ctc    ", head.predict(hidden, lengths), "too short for two symbols and a blank between:", head.infeasible(lengths, [[1, 2], [1, 1]]))

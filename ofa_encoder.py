@@ -158,10 +158,17 @@ class OFAEncoder(nn.Module):
         Raises ValueError for wrong shapes, short or non-finite waveforms, λ outside [0, 2), or λ != 0 for a fixed-rate peer.
         """
         lengths = self._check(waveforms, lengths, lam)
+        return self.encode(*self.features(waveforms, lengths), lam)
+
+    def features(self, waveforms, lengths):
+        """What λ does not change, and most of the cost: the CNN's normalised frames x (B, S, C), zero in the padding, and their number (B,)."""
         x, frames = cnn_features(self.feature_extractor, waveforms, lengths)       # (B, S, C)
         padding = torch.arange(x.shape[1], device=x.device) >= frames[:, None]     # (B, S)
-        x = self.encoder.feature_projection.layer_norm(x).masked_fill(padding[:, :, None], 0)
+        return self.encoder.feature_projection.layer_norm(x).masked_fill(padding[:, :, None], 0), frames
 
+    def encode(self, x, frames, lam=0.0) -> Encoded:
+        """The rest, at λ: x (B, S, C) and frames (B,) of `features`. The same frames can be encoded at many λ."""
+        padding = torch.arange(x.shape[1], device=x.device) >= frames[:, None]     # (B, S)
         if self.config.compression == "cif":
             alpha = self.alpha_predictor(x)                                        # (B, S)
             weights = modify_alpha(alpha, lam)
@@ -214,9 +221,9 @@ class OFAEncoder(nn.Module):
             raise ValueError(f"this encoder has one fixed rate ({self.config.compression}): it can't be asked for {period_ms} ms")
         return lam_from_period(period_ms, self.mean_alpha.item())
 
-    def checkpoint(self) -> dict:
-        """What from_checkpoint reads: save it with torch.save."""
-        return {"config": asdict(self.config), "encoder": {k: v.cpu() for k, v in self.state_dict().items()}}
+    def checkpoint(self, dtype=torch.float32) -> dict:
+        """What from_checkpoint reads: give it to `save`. float16 halves the file; only mean_alpha, one number, stays as it is."""
+        return {"config": asdict(self.config), "encoder": {k: v.cpu().to(dtype if v.ndim else v.dtype) for k, v in self.state_dict().items()}}
 
     @classmethod
     def from_checkpoint(cls, path) -> "OFAEncoder":

@@ -260,7 +260,7 @@ def resume(checkpoint, model, optimizer, args) -> int:
 def report(args, model, teacher, test, device, out):
     """Table, table.json, encoder.pt and figure.png of the finished run."""
     encoder = model.encoder
-    save(encoder.checkpoint(), out / "encoder.pt")
+    save(encoder.checkpoint(torch.float16), out / "encoder.pt")
     lams = [encoder.lam_for(ms) for ms in PERIODS_MS] if args.lam is None else [args.lam]
     rows, mean_alpha = evaluate(model, teacher, test, lams, device)
     print_table(rows, mean_alpha, teacher.layers)

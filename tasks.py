@@ -8,7 +8,8 @@ Data for each of the three come with the embedded corpus (--data asterisk), spli
 prompt on one side:
 
     ctc      what was said, in English and Spanish
-    seq2seq  a small translation: speech in any of the five languages to the English content words of the prompt
+    seq2seq  a small translation: speech in any of the five languages to the English content words of the prompt, as far as
+             four prompts or more of train have them: what two or three have can't be learned
     pool     which of eight concepts the prompt mentions, in any of the five languages
 
 Your own: a TSV with a header row and columns `path`, `text` (ctc, seq2seq) or `label` (pool), and optionally `split` (train,
@@ -20,6 +21,7 @@ valid, test; else drawn by a seed, 70 / 10 / 20 %). Paths are absolute or relati
 import csv
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +69,15 @@ def _asterisk(kind, root):
     languages = {}
     for u in speech.utterances:
         languages.setdefault(prompt(u), set()).add(u.language)
+    in_all = lambda u: len(languages[prompt(u)]) == 5
+    said = {(u.group, w) for u in speech.utterances if u.language == "en" and split_of[u.id] == "train" and in_all(u) for w in u.text.split()}
+    prompts = Counter(word for _, word in said)                  # how many have it
     kept, targets = [], []
     for u in speech.utterances:
         if kind == "ctc" and u.language in ("en", "es"):
             target = list(u.text)
-        elif kind == "seq2seq" and len(languages[prompt(u)]) == 5:
-            target = [w for w in english[prompt(u)].split() if w not in FUNCTION_WORDS]
+        elif kind == "seq2seq" and in_all(u):
+            target = [w for w in english[prompt(u)].split() if prompts[w] >= 4 and w not in FUNCTION_WORDS]
         elif kind == "pool" and prompt(u) in english:
             target = {name for name, pattern in CONCEPTS.items() if re.search(pattern, english[prompt(u)])}
         else:

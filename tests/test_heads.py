@@ -63,16 +63,16 @@ def test_beam_finds_no_worse_than_greedy():
     """The score that the search reports for its text is the decoder's own, and a wider beam's is at least greedy's."""
     for seed in range(6):
         torch.manual_seed(seed)
-        head, x, lengths = Seq2SeqHead(3, 8, 4).eval(), hidden(B=1, seed=seed) * 3, torch.tensor([7])
+        head, x, lengths = Seq2SeqHead(3, 8, 4, most=5).eval(), hidden(B=1, seed=seed) * 3, torch.tensor([7])
         def mean_score(text):
             memory, padding = head.memory(x, lengths)
             given = torch.tensor([[head.end, *text]])
             scores = head.decode(memory, padding, given)[0]
             return sum(scores[n, s].item() for n, s in enumerate([*text, head.end])) / (len(text) + 1)
         with torch.no_grad():
-            (greedy,) = head.predict(x, lengths, most=5)
+            (greedy,) = head.predict(x, lengths)
             head.beam = 50
-            (best,) = head.predict(x, lengths, most=5)
+            (best,) = head.predict(x, lengths)
             if len(greedy) < 5 and len(best) < 5:
                 assert mean_score(best) >= mean_score(greedy) - 1e-5
 

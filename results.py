@@ -1,0 +1,199 @@
+"""What was found: tables and figures, made from the points that finetune.py and adaptive_lambda.py leave.
+
+    results/MODEL/*.json   a point each: one task, λ and seed (make sweep computes those that are missing)
+    results/results.md     tables: the trade-off, once-for-all against its peers, the learned λ, where tokens fire
+    results/tradeoff.png   the metric over frame period and over cost, for CTC, seq2seq and pooling
+    results/lambda.png     λ over epochs, from each starting point
+
+Every number is a mean over seeds of the head, ± its standard deviation; each encoder was pre-trained once. Between the λ of
+the grid, the curve is read by linear interpolation in the frame period.
+
+`python results.py` makes them anew.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+from figures import COLOURS, STYLE
+
+TASKS = {"ctc": "characters (CTC)", "seq2seq": "translation (seq2seq)", "pool": "concepts (pooling)"}
+PEERS = {"none": "no compression", "average2": "average of 2", "average4": "average of 4", "lam0.51": "CIF at λ = 0.51",
+         "lam0.78": "CIF at λ = 0.78", "lam1.04": "CIF at λ = 1.04"}
+
+
+def load_points(folder):
+    """All points under results/: {(model, task, features, λ, or start of a learned one): its points, one a seed}."""
+    points = {}
+    for path in sorted(folder.glob("*/*.json")):
+        point = json.loads(path.read_text(encoding="utf-8"))
+        config = point["config"]
+        key = (path.parent.name, config["task"], config["features"], config.get("lam", config.get("start")), config.get("price", 0.0))
+        points.setdefault(key, []).append(point)
+    if not points:
+        raise ValueError(f"no points under {folder}: compute them with `make sweep`")
+    return points
+
+
+class Summary:
+    """Means over the seeds of some points, and the standard deviation of the metric."""
+
+    def __init__(self, points):
+        mean = lambda name: float(np.mean([p[name] for p in points]))
+        tests = [p["test"] for p in points]
+        self.test, self.sd, self.n = float(np.mean(tests)), float(np.std(tests, ddof=1)) if len(tests) > 1 else float("nan"), len(tests)
+        self.period, self.gflops, self.epochs = mean("frame_period_ms"), mean("transformer_gflops_per_s"), mean("epochs")
+        self.minutes = sum(p["train_s"] for p in points) / 60
+        self.infeasible = 100 * mean("infeasible_test") / mean("test_utterances")
+        self.metric = points[0]["metric"]
+
+    def __str__(self):
+        return f"{self.test:.1f} ± {self.sd:.1f}"
+
+
+def select(points, model, task, features="encoder", price=0.0):
+    """{λ or start: Summary}, in order."""
+    return {key[3]: Summary(p) for key, p in sorted(points.items(), key=lambda item: item[0][3])
+            if key[:3] == (model, task, features) and key[4] == price}
+
+
+def table(header, rows):
+    return "\n".join(["| " + " | ".join(header) + " |", "|" + " --- |" * len(header), *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def tradeoff_table(points, task):
+    rows = []
+    def add(name, lam, s):
+        rows.append([name, lam, f"{s.period:.1f}" if s.gflops else "", f"{s.gflops:.3f}" if s.gflops else "", s, s.n, f"{s.epochs:.0f}",
+                     f"{s.infeasible:.0f} %" if task == "ctc" else ""])
+    for lam, s in select(points, "ofa", task).items():
+        add("once-for-all", lam, s)
+    for peer, name in PEERS.items():
+        for s in select(points, peer, task).values():
+            add(name, "", s)
+    for features in ("logmel", "random", "deaf"):
+        for lam, s in select(points, "baselines", task, features).items():
+            add({"logmel": "log-mel", "random": "untrained encoder", "deaf": "deaf"}[features], lam if features == "random" else "", s)
+    metric = rows[0][4].metric if rows else ""
+    return table(["model", "λ", "ms / token", "GFLOPs / s", f"{metric} %", "seeds", "epochs", "too short"], rows)
+
+
+def peers_table(points):
+    """Once-for-all minus each peer at the peer's frame period; positive where once-for-all is better."""
+    rows = []
+    for peer, name in PEERS.items():
+        row = [name]
+        for task in TASKS:
+            curve = list(select(points, "ofa", task).values())
+            other = next(iter(select(points, peer, task).values()), None)
+            if not curve or not other or not row:
+                row.append("")
+                continue
+            periods = [s.period for s in curve]
+            ours = np.interp(other.period, periods, [s.test for s in curve])
+            sd = np.hypot(np.interp(other.period, periods, [s.sd for s in curve]), other.sd)
+            row += [f"{(ours - other.test) * (1 if task == 'pool' else -1):+.1f} ± {sd:.1f}"]
+            row[0] = f"{name}, {other.period:.0f} ms"
+        rows.append(row)
+    return table(["peer", *TASKS.values()], rows)
+
+
+def learned_table(points):
+    rows = []
+    for task, name in TASKS.items():
+        grid = select(points, "ofa", task)
+        sign = 1 if task == "pool" else -1
+        if not grid:
+            continue
+        best = max(grid, key=lambda lam: sign * grid[lam].test)
+        minutes = sum(s.minutes for s in grid.values())
+        for (model, of, _, start, price), runs in sorted(points.items(), key=lambda item: (item[0][4], item[0][3])):
+            if (model, of) == ("adaptive", task):
+                s, lams = Summary(runs), [p["lam"] for p in runs]
+                rows.append([name, start, f"{price:g}", f"{np.mean(lams):.2f} ± {np.std(lams, ddof=1) if len(lams) > 1 else float('nan'):.2f}", f"{s.period:.0f}", s,
+                             f"{grid[best]} at {best:g}", f"{sign * (s.test - grid[best].test):+.1f}", f"{s.minutes:.1f}", f"{minutes:.1f}"])
+    return table(["task", "λ starts at", "price", "λ learned", "ms / token", "metric %", "best of the grid", "better by", "minutes", "minutes of the grid"], rows)
+
+
+def firing_table(rows):
+    return table(["λ", "ms / token", "tokens fire by", "precision", "recall", "F1", "R-value"],
+                 [[f"{r['lam']:g}", f"{r['period_ms']:.0f}", r["what"], *(f"{r[k]:.3f}" for k in ("precision", "recall", "f1", "r_value"))] for r in rows])
+
+
+def tradeoff_figure(points, path):
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(2, len(TASKS), figsize=(14, 8), layout="constrained", sharey="col")
+        for (task, name), column in zip(TASKS.items(), axes.T):
+            for axis, x in zip(column, ("period", "gflops")):
+                curve = list(select(points, "ofa", task).values())
+                xs, ys, sds = (np.array([getattr(s, k) for s in curve]) for k in (x, "test", "sd"))
+                axis.plot(xs, ys, "o-", color=COLOURS["ofa"], label="once-for-all, one encoder")
+                axis.fill_between(xs, ys - sds, ys + sds, color=COLOURS["ofa"], alpha=0.2, linewidth=0)
+                for k, peer in enumerate(PEERS):
+                    for s in select(points, peer, task).values():
+                        marker = "P" if peer.startswith("average") else "X"
+                        axis.errorbar(getattr(s, x), s.test, s.sd, fmt=marker, ms=8, color=COLOURS["peer"], capsize=3,
+                                      label={"none": "CIF peers, one encoder a rate", "average2": "average-pooling peers"}.get(peer))
+                stars = list(select(points, "adaptive", task).values())
+                axis.plot([getattr(s, x) for s in stars], [s.test for s in stars], "*", ms=14, color=COLOURS["learned"], label="λ learned", zorder=5)
+                for features, label in (("logmel", "log-mel, same head"), ("random", "untrained encoder, λ = 0"), ("deaf", "deaf")):
+                    for s in list(select(points, "baselines", task, features).values())[:1]:
+                        axis.axhline(s.test, color=COLOURS[features], linestyle="--", label=label)
+                axis.set(ylabel=f"test {curve[0].metric} (%)" + (", higher is better" if task == "pool" else ", lower is better"), title=name)
+            column[0].set(xscale="log", xlabel="frame period (ms per token)", xticks=[20, 33, 50, 90, 180], xticklabels=[20, 33, 50, 90, 180])
+            column[0].minorticks_off()
+            column[1].set(xlabel="Transformer GFLOPs per second of speech")
+        handles, labels = axes[0, 1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def lambda_figure(points, path):
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(2, len(TASKS), figsize=(14, 7), layout="constrained", sharex="col")
+        for (task, name), column in zip(TASKS.items(), axes.T):
+            runs = {k: p for k, p in points.items() if k[0] == "adaptive" and k[1] == task and k[4] == 0}
+            metric = "metric"
+            for n, (key, seeds) in enumerate(sorted(runs.items(), key=lambda item: item[0][3])):
+                metric = seeds[0]["metric"]
+                for p in seeds:
+                    epochs = np.arange(1, len(p["history"]) + 1)
+                    colour = COLOURS["starts"][n % len(COLOURS["starts"])]
+                    column[0].plot([0, *epochs], [key[3], *(h["lam"] for h in p["history"])], color=colour, label=f"from λ = {key[3]:g}" if p is seeds[0] else None)
+                    column[0].plot(p["best_epoch"], p["lam"], "*", ms=12, color=colour)
+                    column[1].plot(epochs, [h["valid"] for h in p["history"]], color=colour)
+            column[0].set(title=name, ylabel="λ", ylim=(0, None))
+            column[1].set(xlabel="epochs", ylabel=f"validation {metric} (%)", ylim=(0, 105))
+        axes[0, 0].legend()
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def main():
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results")
+    points = load_points(folder)
+    machines = sorted({(p["machine"], p["date"]) for seeds in points.values() for p in seeds})
+    text = ["# What was found", "Made by `python results.py` from the points beside it; computed on " + "; ".join(f"{m} ({d})" for m, d in machines) + "."]
+    for task, name in TASKS.items():
+        text += [f"## {name[0].upper()}{name[1:]}", tradeoff_table(points, task)]
+    text += ["## Once-for-all against its peers", "How much better (+) or worse (−) once-for-all is than the peer, at the peer's frame period, in points of the metric.",
+             peers_table(points), "## The learned λ", learned_table(points)]
+    if (folder / "firing.json").exists():
+        firing = json.loads((folder / "firing.json").read_text())
+        text += ["## Where tokens fire", f"Agreement with pseudo-boundaries on held-out speech, ± {firing['tolerance_ms']} ms (firing.py).", firing_table(firing["rows"])]
+    (folder / "results.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    tradeoff_figure(points, folder / "tradeoff.png")
+    lambda_figure(points, folder / "lambda.png")
+    print("\n\n".join(text))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"results.py: {error}")
