@@ -1,8 +1,14 @@
-# make demo   pre-train a once-for-all encoder on two CPU cores: table, figure, checkpoint in runs/demo
-# make test   all tests
-# Both make .venv from requirements.txt (once, and again when that changes) and fetch the embedded corpus (once, 50 MB).
+# make demo     pre-train a once-for-all encoder on two CPU cores: table, figure, checkpoint in runs/demo
+# make test     all tests
+# make results  tables and figures of results/, from the points there (seconds)
+# make sweep    compute the points that results/ lacks (all of them: some five hours on two cores; -j2 uses both)
+# All make .venv from requirements.txt (once, and again when that changes) and fetch the embedded corpus (once, 50 MB).
 
 PYTHON ?= python3
+PEERS = none average2 average4 lam0.51 lam0.78 lam1.04
+TASKS = pool ctc seq2seq
+FINETUNE = OMP_NUM_THREADS=1 .venv/bin/python finetune.py --seeds 3
+OFA = --checkpoint checkpoints/ofa-tiny.pt
 
 demo: data/asterisk.pt
 	@echo "== pre-training; a stopped run goes on with the same command"
@@ -10,6 +16,31 @@ demo: data/asterisk.pt
 
 test: data/asterisk.pt
 	.venv/bin/python -m pytest
+
+results: data/asterisk.pt
+	.venv/bin/python firing.py
+	.venv/bin/python results.py
+
+sweep: points-ofa $(PEERS:%=points-%) points-baselines points-adaptive
+	$(MAKE) results
+
+points-ofa: data/asterisk.pt
+	for task in $(TASKS); do $(FINETUNE) $(OFA) --task $$task --lam 0 0.51 0.78 1.04 1.53 --out results/ofa || exit 1; done
+
+points-baselines: data/asterisk.pt
+	for task in $(TASKS); do $(FINETUNE) --features logmel --task $$task --out results/baselines || exit 1; done
+	for task in $(TASKS); do $(FINETUNE) --features random $(OFA) --task $$task --out results/baselines || exit 1; done
+	$(FINETUNE) --features deaf --task seq2seq --out results/baselines
+
+points-adaptive: data/asterisk.pt
+	for task in $(TASKS); do OMP_NUM_THREADS=1 .venv/bin/python adaptive_lambda.py --seeds 3 $(OFA) --task $$task --out results/adaptive || exit 1; done
+
+# A peer is named by its compression, or by its λ.
+points-%: runs/%/encoder.pt
+	for task in $(TASKS); do $(FINETUNE) --checkpoint $< --task $$task --lam $(if $(filter lam%,$*),$(*:lam%=%),0) --out results/$* || exit 1; done
+
+runs/%/encoder.pt: | data/asterisk.pt
+	OMP_NUM_THREADS=1 .venv/bin/python pretrain.py --steps 3000 --resume $(if $(filter lam%,$*),--lam $(*:lam%=%),--compression $*) --out runs/$*
 
 data/asterisk.pt: | .venv/installed
 	@echo "== fetching the embedded corpus into data/"
@@ -24,4 +55,5 @@ data/asterisk.pt: | .venv/installed
 clean:
 	rm -rf .pytest_cache .hypothesis __pycache__ */__pycache__
 
-.PHONY: demo test clean
+.PHONY: demo test results sweep clean
+.SECONDARY:

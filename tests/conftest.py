@@ -5,7 +5,7 @@ import torch
 
 from data import load
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two are slower on sizes like these, and far slower on a busy machine
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,104 @@
+"""adaptive_lambda.py: λ's gradient against finite differences, its freeze, its price, and mistakes; on real speech."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import adaptive_lambda
+from adaptive_lambda import LearnedLam
+from data import load
+from heard import Frames
+from ofa_encoder import PRESETS, Config, OFAEncoder, save
+
+REPO = Path(adaptive_lambda.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return OFAEncoder.from_checkpoint(REPO / "checkpoints/ofa-tiny.pt").requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def spoken(folder):
+    """A TSV of the forty prompts, with their languages as labels."""
+    rows = [f"{p.name}\t{p.name[:2] == 'en'}\t{('train', 'train', 'train', 'valid', 'test')[n % 5]}" for n, p in enumerate(sorted(folder.glob("*.wav")))]
+    (folder / "spoken.tsv").write_text("\n".join(["path\tlabel\tsplit", *rows]) + "\n")
+    return folder / "spoken.tsv"
+
+
+@pytest.fixture
+def run(spoken, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["adaptive_lambda.py", "--checkpoint", str(REPO / "checkpoints/ofa-tiny.pt"), "--task", "pool", "--data", str(spoken),
+                                          "--epochs", "6", "--freeze", "0", "--out", "out", *flags])
+        adaptive_lambda.main()
+        return {p.name: json.loads(p.read_text()) for p in Path("out").glob("*.json")}
+    return run
+
+
+@pytest.mark.parametrize("start", [0.3, 0.8, 1.4])
+def test_gradient_is_the_slope_of_the_loss(encoder, folder, start):
+    """Where no token is won or lost between λ - ε and λ + ε, the loss is smooth there."""
+    frames = Frames(load(str(folder)).few(8), encoder, "cpu")
+    learner = LearnedLam(start, encoder, frames, freeze=0)
+    def loss(lam):
+        with torch.no_grad():
+            learner.raw.copy_(torch.logit(torch.tensor(lam / 2)))
+        hidden, lengths = learner(range(8))
+        return (hidden[:, -1].mean(2) ** 2).sum() + learner.mean_weight, lengths
+    value, lengths = loss(start)
+    value.backward()
+    slope = learner.raw.grad.item() / (start * (1 - start / 2))       # dλ/dr = 2 σ (1 - σ)
+    eps = 2e-3
+    (up, more), (down, fewer) = loss(start + eps), loss(start - eps)
+    assert lengths.tolist() == more.tolist() == fewer.tolist()
+    assert slope == pytest.approx((up - down).item() / (2 * eps), rel=0.05)
+
+
+def test_lam_rests_while_frozen_then_moves(encoder, folder):
+    learner = LearnedLam(0.6, encoder, Frames(load(str(folder)).few(2), encoder, "cpu"), freeze=1)
+    assert not learner([0])[0].requires_grad and learner([0])[0].requires_grad
+    assert learner.lam.item() == pytest.approx(0.6) and learner.watch()["period_ms"] > 20
+    assert [name for name, _ in learner.named_parameters()] == ["raw"]
+
+
+def test_a_price_buys_longer_tokens(run):
+    free, priced = run("--lam", "0.5"), run("--lam", "0.5", "--price", "30")
+    (free,), (priced,) = free.values(), [p for name, p in priced.items() if "price30" in name]
+    assert priced["history"][-1]["lam"] > free["history"][-1]["lam"] + 0.05
+    assert all(0 < h["lam"] < 2 for h in priced["history"]) and priced["history"][-1]["period_ms"] > priced["history"][0]["period_ms"]
+    assert priced["config"]["start"] == 0.5 and priced["lam"] == pytest.approx(priced["history"][priced["best_epoch"] - 1]["lam"])
+
+
+def test_points_are_kept_and_their_command_computes_them_again(run, monkeypatch, capsys):
+    (point,) = run("--lam", "1.1", "--seed", "3", "--epochs", "3").values()
+    run("--lam", "1.1", "--seed", "3", "--epochs", "3")
+    assert "is there" in capsys.readouterr().out
+    script, *flags = point["command"].split()[1:]
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    adaptive_lambda.main()
+    again = json.loads(Path("runs/again/pool-price0-from1.1-seed3.json").read_text())
+    assert (again["test"], again["lam"], again["history"]) == (point["test"], point["lam"], point["history"])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--lam", "0"], "--lam 0 is the end of the scale"),
+    (["--lam", "2"], "λ is 2"),
+    (["--features", "logmel"], "frozen, pre-trained encoder"),
+    (["--price", "-1"], "--price is -1.0"),
+    (["--checkpoint", "fixed.pt"], "one fixed rate (average2)"),
+    (["--checkpoint", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+])
+def test_mistakes_are_named_without_a_traceback(spoken, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    save(OFAEncoder(Config(**{**vars(PRESETS["tiny"]), "compression": "average2"})).checkpoint(), "fixed.pt")
+    monkeypatch.setattr(sys, "argv", ["adaptive_lambda.py", "--checkpoint", str(REPO / "checkpoints/ofa-tiny.pt"), "--task", "pool", "--data", str(spoken), *flags])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(REPO / "adaptive_lambda.py"), run_name="__main__")
+    assert str(stop.value.code).startswith("adaptive_lambda.py: ") and message in str(stop.value.code)
