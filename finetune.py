@@ -2,9 +2,9 @@
 
     hidden states (L + 1, T, D) of every utterance at λ, computed once and kept  ─ head (heads.py) ─ symbols or labels
 
-Tasks and their data are in tasks.py. Baselines with the same head: --features logmel (80 log-mel channels, a frame every
-20 ms), random (the encoder with untrained weights), deaf (one zero vector, whatever was said: what the head knows without
-hearing). An utterance that λ makes too short for its text under CTC is counted (infeasible) and scored like any other.
+Tasks and their data are in tasks.py, those of SUPERB in superb.py. Baselines with the same head: --features logmel (80 log-mel
+channels, a frame every 20 ms), random (the encoder with untrained weights), deaf (one zero vector, whatever was said: what the head
+knows without hearing). An utterance that λ makes too short for its text under CTC is counted (infeasible) and scored like any other.
 
 Every point, one λ and one seed, is a JSON file in --out with configuration, metric and cost. A point that is there is not
 computed again, so a sweep goes on where it was stopped; a file of another configuration is refused.
@@ -13,6 +13,7 @@ Source: the protocol of SUPERB (Yang et al., Interspeech 2021); the curve over �
 
     python finetune.py --checkpoint runs/demo/encoder.pt --task ctc --lam 0 0.5 1 --seeds 3 --out runs/ctc
     python finetune.py --checkpoint runs/demo/encoder.pt --task pool --data my.tsv
+    python finetune.py --checkpoint runs/base/encoder.pt --task asr --head superb --data my/corpora
 """
 
 import argparse
@@ -34,7 +35,8 @@ from data import pad
 from evaluate import transformer_gflops
 from heads import CTCHead, PoolHead, Seq2SeqHead
 from ofa_encoder import FRAME_MS, SAMPLE_RATE, OFAEncoder, check_lam
-from tasks import KINDS, Task, load_task
+from superb import METRICS, SUPERB, load_superb
+from tasks import HIGHER_IS_BETTER, KINDS, Task, load_task
 
 FEATURES = ("encoder", "random", "logmel", "deaf")
 
@@ -44,9 +46,11 @@ def arguments():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", help="encoder.pt or checkpoint.pt of pretrain.py; needed unless --features is logmel or deaf")
-    add("--task", required=True, choices=KINDS, help="what to predict: see tasks.py")
-    add("--data", default="asterisk", help="asterisk, or a TSV with columns path, text or label, and optionally split")
+    add("--task", required=True, choices=[*KINDS, *SUPERB], help="what to predict: see tasks.py and superb.py")
+    add("--data", help="asterisk, or a TSV with columns path, text or label, and optionally split; for SUPERB's tasks a folder with the "
+                       "data set, by default that of --root")
     add("--root", default="data", help="folder of the embedded corpus")
+    add("--fold", type=int, choices=range(1, 6), default=1, help="session of IEMOCAP that er is tested on")
     add("--features", choices=FEATURES, default="encoder", help="what the head hears: the encoder, or a baseline")
     add("--lam", type=float, nargs="+", default=[0.0], help="each λ to train a head at")
     add("--seeds", type=int, default=1, help="heads for each λ, with seeds 0, 1, …")
@@ -63,6 +67,7 @@ def arguments():
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where it runs")
     add("--out", default="runs/finetune", help="folder for the points")
     args = parser.parse_args()
+    args.data = args.data or (args.root if args.task in SUPERB else "asterisk")
     for lam in args.lam:
         check_lam(lam)
     if args.features in ("encoder", "random") and not args.checkpoint:
@@ -126,14 +131,21 @@ def live(encoder, speech, lam):
     return heard
 
 
-def score(task: Task, predicted: list, targets: list) -> float:
-    """The task's metric in %, of predictions (heads.py) for targets (lists of symbol numbers, -1 for one that is not in train)."""
+def score(task: Task, predicted: list, targets: list, metric="") -> float:
+    """The task's metric in %, of predictions (heads.py) for targets (lists of symbol numbers, -1 for one that is not in train);
+    or another metric that the task has."""
+    metric = metric or task.metric
+    if task.kind == "ctc" and metric in METRICS:
+        spell = lambda numbers: [task.symbols[s] if s >= 0 else "\0" for s in numbers]
+        return 100 * METRICS[metric]([spell(p) for p in predicted], [spell(t) for t in targets])
     if task.kind != "pool":
         edits = sum(torchaudio.functional.edit_distance(p, t) for p, t in zip(predicted, targets))
         return 100 * edits / sum(map(len, targets))
     scores = torch.stack(predicted).numpy()                                                # (N, symbols)
-    if task.metric == "accuracy":
-        return 100 * float(np.mean(scores.argmax(1) == [t[0] for t in targets]))
+    if metric == "accuracy":                                                            # of several questions, all must be answered right
+        starts = np.cumsum([0, *task.groups[:-1]])
+        answers = [part.argmax(1) for part in np.split(scores, starts[1:], 1)]
+        return 100 * float(np.mean((np.stack(answers, 1) + starts == np.array(targets)).all(1)))
     wanted = np.array([[s in t for s in range(scores.shape[1])] for t in targets])
     return 100 * float(np.mean([average_precision(scores[:, s], wanted[:, s]) for s in range(scores.shape[1]) if wanted[:, s].any()]))
 
@@ -150,7 +162,7 @@ def build_head(args, task, layers, dim):
         return CTCHead(layers, dim, n, args.head, args.slots)
     if task.kind == "seq2seq":
         return Seq2SeqHead(layers, dim, n, ctc_weight=args.ctc_weight, beam=args.beam)
-    return PoolHead(layers, dim, n, several=task.metric == "mAP")
+    return PoolHead(layers, dim, n, several=task.metric == "mAP", groups=task.groups)
 
 
 def train(args, task: Task, heard, seed, encoder=None):
@@ -167,7 +179,7 @@ def train(args, task: Task, heard, seed, encoder=None):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)
     slower = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=max(1, args.patience // 3))
     splits = {split: sorted(task.indices(split), key=lambda i: task.speech.utterances[i].samples) for split in ("train", "valid", "test")}
-    better = (lambda a, b: a > b) if task.kind == "pool" else (lambda a, b: a < b)
+    better = (lambda a, b: a > b) if task.metric in HIGHER_IS_BETTER else (lambda a, b: a < b)
 
     def batches(split):
         rows = splits[split]
@@ -220,8 +232,9 @@ def train(args, task: Task, heard, seed, encoder=None):
         encoder.load_state_dict(kept[0][1])
     _, result, infeasible, predicted = test("test")
     shown = [predicted[splits["test"].index(i)] for i in splits["test"]][:5] if task.kind != "pool" else []
-    join = "".join if task.kind == "ctc" else " ".join
-    return {"test": result, "valid": best, "epochs": epoch + 1, "best_epoch": kept[1] + 1, "infeasible_test": infeasible,
+    join = "".join if task.kind == "ctc" and task.metric != "PER" else " ".join
+    second = {f"test {task.second}": score(task, predicted, [targets[i] for i in splits["test"]], task.second)} if task.second else {}
+    return {"test": result, **second, "valid": best, "epochs": epoch + 1, "best_epoch": kept[1] + 1, "infeasible_test": infeasible,
             "test_utterances": len(splits["test"]),
             "examples": [{"wanted": join(task.targets[i]), "predicted": join(task.symbols[s] for s in p)} for i, p in zip(splits["test"], shown)]}
 
@@ -229,13 +242,13 @@ def train(args, task: Task, heard, seed, encoder=None):
 def main():
     args = arguments()
     encoder = OFAEncoder.from_checkpoint(args.checkpoint).to(args.device) if args.features in ("encoder", "random") else None
-    task = load_task(args.task, args.data, args.root)
+    task = load_superb(args.task, args.data, args.fold) if args.task in SUPERB else load_task(args.task, args.data, args.root)
     if encoder and args.features == "random":
         torch.manual_seed(0)
         encoder = OFAEncoder(encoder.config).to(args.device).eval()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    config = {k: v for k, v in vars(args).items() if k not in ("lam", "seeds", "out", "root", "device")}
+    config = {k: v for k, v in vars(args).items() if k not in ("lam", "seeds", "out", "root", "device", "fold" if args.task != "er" else "")}
     config["checkpoint_sha1"] = hashlib.sha1(Path(args.checkpoint).read_bytes()).hexdigest()[:12] if encoder else None
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     for lam in args.lam if args.features in ("encoder", "random") else [0.0]:
