@@ -47,8 +47,8 @@ def arguments():
     add = parser.add_argument
     add("--checkpoint", help="encoder.pt or checkpoint.pt of pretrain.py; needed unless --features is logmel or deaf")
     add("--task", required=True, choices=[*KINDS, *SUPERB], help="what to predict: see tasks.py and superb.py")
-    add("--data", help="asterisk, or a TSV with columns path, text or label, and optionally split; for SUPERB's tasks a folder with the "
-                       "data set, by default that of --root")
+    add("--data", help="asterisk (the default), or a TSV with columns path, text or label, and optionally split; for SUPERB's tasks a folder with "
+                       "the data set, by default that of --root")
     add("--root", default="data", help="folder of the embedded corpus")
     add("--fold", type=int, choices=range(1, 6), default=1, help="session of IEMOCAP that er is tested on")
     add("--features", choices=FEATURES, default="encoder", help="what the head hears: the encoder, or a baseline")

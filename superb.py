@@ -73,7 +73,7 @@ SUPERB = {
 def load_superb(name: str, folder="data", fold=1) -> Task:
     """The task of that name on the data set in folder. Raises ValueError, with what to put where, if that is not all there."""
     entry, folder = SUPERB[name], Path(folder)
-    wanted = f"--task {name} needs {entry.data} ({entry.page}), put so that these exist: {', '.join(entry.layout)}"
+    wanted = f"--task {name} needs {entry.data} ({entry.page}), put so that these exist in {folder}: {', '.join(entry.layout)}"
     for pattern in entry.layout:
         if not any(folder.glob(pattern)):
             raise ValueError(f"--data {folder}: no {pattern} there. {wanted}")
