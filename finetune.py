@@ -2,7 +2,8 @@
 
     what is heard of an utterance at λ (heard.py) ─ head (heads.py) ─ symbols or labels (tasks.py)
 
-Baselines have the same head and hear something else (--features). An utterance that λ makes too short for its text under CTC is counted (infeasible) and scored like any other.
+Tasks are in tasks.py, those of SUPERB in superb.py. Baselines have the same head and hear something else (--features). An
+utterance that λ makes too short for its text under CTC is counted (infeasible) and scored like any other.
 
 Every point, one λ and one seed, is a JSON file in --out with configuration, metric and cost. A point that is there is not
 computed again, so a sweep goes on where it was stopped; a file of another configuration is refused.
@@ -11,6 +12,7 @@ Source: the protocol of SUPERB (Yang et al., Interspeech 2021); the curve over �
 
     python finetune.py --checkpoint runs/demo/encoder.pt --task ctc --lam 0 0.5 1 --seeds 3 --out runs/ctc
     python finetune.py --checkpoint runs/demo/encoder.pt --task pool --data my.tsv
+    python finetune.py --checkpoint runs/base/encoder.pt --task asr --head superb --data my/corpora
 """
 
 import argparse
@@ -35,7 +37,8 @@ from heads import CTCHead, PoolHead, Seq2SeqHead
 from heard import FEATURES, Frames, Heard, Live
 from ofa_encoder import OFAEncoder, check_lam
 from pretrain import use_bf16
-from tasks import KINDS, Task, load_task
+from superb import METRICS, SUPERB, load_superb
+from tasks import HIGHER_IS_BETTER, KINDS, Task, load_task
 
 
 def arguments(description="Train a head on the encoder at each λ and seed.", lam="each λ to train a head at"):
@@ -44,9 +47,11 @@ def arguments(description="Train a head on the encoder at each λ and seed.", la
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", help="encoder.pt or checkpoint.pt of pretrain.py; needed unless --features is logmel or deaf")
-    add("--task", required=True, choices=KINDS, help="what to predict: see tasks.py")
-    add("--data", default="asterisk", help="asterisk, or a TSV with columns path, text or label, and optionally split")
+    add("--task", required=True, choices=[*KINDS, *SUPERB], help="what to predict: see tasks.py and superb.py")
+    add("--data", help="asterisk (the default), or a TSV with columns path, text or label, and optionally split; for SUPERB's tasks a folder with "
+                       "the data set, by default that of --root")
     add("--root", default="data", help="folder of the embedded corpus")
+    add("--fold", type=int, choices=range(1, 6), default=1, help="session of IEMOCAP that er is tested on")
     add("--features", choices=FEATURES, default="encoder", help="what the head hears: the encoder, or a baseline")
     add("--lam", type=float, nargs="+", default=[0.0], help=lam)
     add("--seeds", type=int, default=1, help="heads for each λ")
@@ -61,7 +66,6 @@ def arguments(description="Train a head on the encoder at each λ and seed.", la
     add("--batch", type=int, default=16, help="utterances")
     add("--lr", type=float, default=2e-3, help="of the head; halved after a third of the patience")
     add("--encoder-lr", type=float, default=1e-4, help="of the encoder, with --unfreeze")
-    add("--fold", type=int, default=1, help="session of IEMOCAP that is held out for test (--task er)")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of heads in training: see pretrain.py")
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where it runs")
     add("--out", default="runs/finetune", help="folder for the points")
@@ -69,6 +73,8 @@ def arguments(description="Train a head on the encoder at each λ and seed.", la
 
 
 def check(args):
+    """Refuse values that can't be; the default of --data depends on the task."""
+    args.data = args.data or (args.root if args.task in SUPERB else "asterisk")
     for lam in args.lam:
         check_lam(lam)
     if args.features in ("encoder", "random") and not args.checkpoint:
@@ -82,14 +88,21 @@ def check(args):
         raise ValueError(f"--ctc-weight is {args.ctc_weight}, expected 0 <= weight < 1")
 
 
-def score(task: Task, predicted: list, targets: list) -> float:
-    """The task's metric in %, of predictions (heads.py) for targets (lists of symbol numbers, -1 for one that is not in train)."""
+def score(task: Task, predicted: list, targets: list, metric="") -> float:
+    """The task's metric in %, of predictions (heads.py) for targets (lists of symbol numbers, -1 for one that is not in train);
+    or another metric that the task has."""
+    metric = metric or task.metric
+    if task.kind == "ctc" and metric in METRICS:
+        spell = lambda numbers: [task.symbols[s] if s >= 0 else "\0" for s in numbers]
+        return 100 * METRICS[metric]([spell(p) for p in predicted], [spell(t) for t in targets])
     if task.kind != "pool":
         edits = sum(torchaudio.functional.edit_distance(p, t) for p, t in zip(predicted, targets))
         return 100 * edits / sum(map(len, targets))
     scores = torch.stack(predicted).numpy()                                                # (N, symbols)
-    if task.metric == "accuracy":
-        return 100 * float(np.mean(scores.argmax(1) == [t[0] for t in targets]))
+    if metric == "accuracy":                                                            # of several questions, all must be answered right
+        starts = np.cumsum([0, *task.groups[:-1]])
+        answers = [part.argmax(1) for part in np.split(scores, starts[1:], 1)]
+        return 100 * float(np.mean((np.stack(answers, 1) + starts == np.array(targets)).all(1)))
     wanted = np.array([[s in t for s in range(scores.shape[1])] for t in targets])
     return 100 * float(np.mean([average_precision(scores[:, s], wanted[:, s]) for s in range(scores.shape[1]) if wanted[:, s].any()]))
 
@@ -107,7 +120,7 @@ def build_head(args, task, layers, dim):
     if task.kind == "seq2seq":
         longest = max(len(task.targets[i]) for i in task.indices("train"))
         return Seq2SeqHead(layers, dim, n, ctc_weight=args.ctc_weight, beam=args.beam, most=longest)
-    return PoolHead(layers, dim, n, several=task.metric == "mAP")
+    return PoolHead(layers, dim, n, several=task.metric == "mAP", groups=task.groups)
 
 
 def train(args, task: Task, heard, seed, groups=(), cost=lambda: 0.0, watch=dict):
@@ -127,7 +140,7 @@ def train(args, task: Task, heard, seed, groups=(), cost=lambda: 0.0, watch=dict
     optimizer = torch.optim.AdamW([{"params": head.parameters()}, *groups], lr=args.lr, weight_decay=0.01)
     slower = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=max(1, args.patience // 3))
     splits = {split: sorted(task.indices(split), key=lambda i: task.speech.utterances[i].samples) for split in SPLITS}
-    better = (lambda a, b: a > b) if task.kind == "pool" else (lambda a, b: a < b)
+    better = (lambda a, b: a > b) if task.metric in HIGHER_IS_BETTER else (lambda a, b: a < b)
 
     def batches(split):
         rows = splits[split]
@@ -177,18 +190,20 @@ def train(args, task: Task, heard, seed, groups=(), cost=lambda: 0.0, watch=dict
             break
     learners.load_state_dict(kept[0])
     _, result, infeasible, predicted = test("test")
-    join = "".join if task.kind == "ctc" else " ".join
+    infeasible_train = 0 if task.kind != "ctc" else sum(head.infeasible(heard(batch)[1], [targets[i] for i in batch]) for batch in batches("train"))
+    join = "".join if task.kind == "ctc" and task.metric != "PER" else " ".join
     examples = [] if task.kind == "pool" else [
         {"wanted": join(task.targets[i]), "predicted": join(task.symbols[s] for s in p)} for i, p in zip(splits["test"][::40], predicted[::40])]
-    return {"test": result, "valid": best, "epochs": epoch + 1, "best_epoch": kept[1] + 1, "infeasible_test": infeasible,
-            "infeasible_train": test("train")[2] if task.kind == "ctc" else 0, "test_utterances": len(splits["test"]),
+    second = {f"test {task.second}": score(task, predicted, [targets[i] for i in splits["test"]], task.second)} if task.second else {}
+    return {"test": result, **second, "valid": best, "epochs": epoch + 1, "best_epoch": kept[1] + 1, "infeasible_test": infeasible,
+            "infeasible_train": infeasible_train, "test_utterances": len(splits["test"]),
             "examples": examples, "history": history}
 
 
 def prepare(args):
     """The encoder (None for logmel and deaf), the task, and what a point says about its configuration."""
     encoder = OFAEncoder.from_checkpoint(args.checkpoint).to(args.device) if args.features in ("encoder", "random") else None
-    task = load_task(args.task, args.data, args.root)
+    task = load_superb(args.task, args.data, args.fold) if args.task in SUPERB else load_task(args.task, args.data, args.root)
     config = {k: v for k, v in vars(args).items() if k not in ("lam", "seeds", "seed", "out", "root", "device")}
     config["checkpoint_sha1"] = hashlib.sha1(Path(args.checkpoint).read_bytes()).hexdigest()[:12] if encoder else None
     if encoder and args.features == "random":

@@ -13,6 +13,7 @@ and targets lists of symbol numbers. CTC can't emit more symbols than it has tok
 """
 
 import math
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -164,11 +165,12 @@ class Seq2SeqHead(nn.Module):
 
 
 class PoolHead(nn.Module):
-    """One label an utterance (cross entropy), or with `several` any number of them (binary cross entropies)."""
+    """One label an utterance (cross entropy), or one of each of `groups`, so many symbols each (the sum of the cross entropies), or with
+    `several` any number of them (binary cross entropies)."""
 
-    def __init__(self, layers, dim, symbols: int, several=False, width=256, dropout=0.2):
+    def __init__(self, layers, dim, symbols: int, several=False, width=256, dropout=0.2, groups=()):
         super().__init__()
-        self.mix, self.several = Mix(layers, dim, width), several
+        self.mix, self.several, self.groups = Mix(layers, dim, width), several, list(groups) or [symbols]
         self.dropout, self.out = nn.Dropout(dropout), nn.Linear(width, symbols)
 
     def forward(self, hidden, lengths):
@@ -179,7 +181,8 @@ class PoolHead(nn.Module):
     def loss(self, hidden, lengths, targets):
         logits = self(hidden, lengths)
         if not self.several:
-            return cross_entropy(logits, torch.tensor([t[0] for t in targets], device=logits.device))
+            wanted = torch.tensor(targets, device=logits.device) - torch.tensor([0, *accumulate(self.groups[:-1])], device=logits.device)
+            return sum(cross_entropy(part, wanted[:, g]) for g, part in enumerate(logits.split(self.groups, 1)))
         wanted = torch.zeros_like(logits)
         for row, t in zip(wanted, targets):
             row[t] = 1

@@ -28,6 +28,7 @@ from pathlib import Path
 from data import SPLITS, Speech, from_files, load
 
 KINDS = {"ctc": "CER", "seq2seq": "WER", "pool": "accuracy"}
+HIGHER_IS_BETTER = ("accuracy", "mAP", "slot-type F1")  # of the metrics, here and in superb.py
 CONCEPTS = {  # what an English prompt must contain to mention the concept; its other languages are taken to do so too
     "press a key": r"\b(press|dial|key)\b", "conference": r"\bconference\b", "message": r"\b(message|messages|mail|voicemail)\b",
     "number": r"\bnumbers?\b", "call": r"\b(call|calls|caller|calling)\b", "please": r"\bplease\b",
@@ -40,11 +41,13 @@ FUNCTION_WORDS = set("a an the to of in on at by for from with and or is are was
 @dataclass
 class Task:
     kind: str            # ctc, seq2seq or pool
-    metric: str          # CER, WER, accuracy or mAP
+    metric: str          # CER, WER, accuracy or mAP; in superb.py also PER and slot-type F1
     speech: Speech
-    targets: list        # for each utterance: a list of symbols (ctc, seq2seq), a symbol, or a set of symbols (pool)
+    targets: list        # for each utterance: a list of symbols (ctc, seq2seq), a symbol, one for each group, or a set (pool)
     splits: list[str]    # for each utterance: train, valid or test
-    symbols: list[str]   # all that occur in train
+    symbols: list[str]   # all that occur in train, or the whole data set's
+    groups: tuple = ()   # pool: how many of the symbols answer each of several questions; (): one question, or a set of symbols
+    second: str = ""     # a further metric to report on test
 
     def indices(self, split: str) -> list[int]:
         return [i for i, s in enumerate(self.splits) if s == split]
@@ -86,7 +89,7 @@ def _asterisk(kind, root):
             kept.append(u)
             targets.append(target)
     metric = "mAP" if kind == "pool" else KINDS[kind]
-    return _task(kind, metric, Speech(kept, sound=speech.sound), targets, [split_of[u.id] for u in kept])
+    return make_task(kind, metric, Speech(kept, sound=speech.sound), targets, [split_of[u.id] for u in kept])
 
 
 def _tsv(kind, path, seed):
@@ -111,7 +114,7 @@ def _tsv(kind, path, seed):
     rows_left = [int(u.id) for u in speech.utterances]            # a file that can't be used was named and left out
     texts = [u.text for u in speech.utterances]
     targets = texts if kind == "pool" else [t.lower().split() if kind == "seq2seq" else list(t.lower()) for t in texts]
-    return _task(kind, KINDS[kind], speech, targets, [splits[n] for n in rows_left])
+    return make_task(kind, KINDS[kind], speech, targets, [splits[n] for n in rows_left])
 
 
 def draw_splits(paths, seed):
@@ -123,13 +126,14 @@ def draw_splits(paths, seed):
     return [side[p] for p in paths]
 
 
-def _task(kind, metric, speech, targets, splits):
-    task = Task(kind, metric, speech, targets, splits, [])
+def make_task(kind, metric, speech, targets, splits, symbols=(), **more) -> Task:
+    """Checked: every split has an utterance, and every label is in train. symbols: if they are to be others than those of train."""
+    task = Task(kind, metric, speech, targets, splits, list(symbols), **more)
     for split in SPLITS:
         if not task.indices(split):
             raise ValueError(f"no utterance is left for {split}: at least one each is needed for {', '.join(SPLITS)}")
     symbols_of = lambda target: {target} if isinstance(target, str) else set(target)
-    task.symbols = sorted(set().union(*(symbols_of(targets[i]) for i in task.indices("train"))))
+    task.symbols = task.symbols or sorted(set().union(*(symbols_of(targets[i]) for i in task.indices("train"))))
     if kind == "pool":
         for i in task.indices("valid") + task.indices("test"):
             unseen = symbols_of(targets[i]) - set(task.symbols)

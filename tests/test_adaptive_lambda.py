@@ -44,21 +44,23 @@ def run(spoken, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("start", [0.3, 0.8, 1.4])
 def test_gradient_is_the_slope_of_the_loss(encoder, folder, start):
-    """Where no token is won or lost between λ - ε and λ + ε, the loss is smooth there."""
-    frames = Frames(load(str(folder)).few(8), encoder, "cpu")
-    learner = LearnedLam(start, encoder, frames, freeze=0)
-    def loss(lam):
-        with torch.no_grad():
-            learner.raw.copy_(torch.logit(torch.tensor(lam / 2)))
-        hidden, lengths = learner(range(8))
-        return (hidden[:, -1].mean(2) ** 2).sum() + learner.mean_weight, lengths
-    value, lengths = loss(start)
-    value.backward()
-    slope = learner.raw.grad.item() / (start * (1 - start / 2))       # dλ/dr = 2 σ (1 - σ)
-    eps = 2e-3
-    (up, more), (down, fewer) = loss(start + eps), loss(start - eps)
-    assert lengths.tolist() == more.tolist() == fewer.tolist()
-    assert slope == pytest.approx((up - down).item() / (2 * eps), rel=0.05)
+    """Utterance by utterance, where no token is won or lost between λ - ε and λ + ε: there the loss is smooth."""
+    eps, compared = 2e-3, 0
+    for n in range(12):
+        learner = LearnedLam(start, encoder, Frames(load(str(folder)).few(12), encoder, "cpu"), freeze=0)
+        def loss(lam):
+            with torch.no_grad():
+                learner.raw.copy_(torch.logit(torch.tensor(lam / 2)))
+            hidden, lengths = learner([n])
+            return (hidden[:, -1].mean(2) ** 2).sum() + learner.mean_weight, lengths.item()
+        value, tokens = loss(start)
+        value.backward()
+        slope = learner.raw.grad.item() / (start * (1 - start / 2))   # dλ/dr = 2 σ (1 - σ)
+        (up, fewer), (down, more) = loss(start + eps), loss(start - eps)
+        if tokens == fewer == more:
+            assert slope == pytest.approx((up - down).item() / (2 * eps), rel=0.05, abs=0.05)
+            compared += 1
+    assert compared >= 3
 
 
 def test_lam_rests_while_frozen_then_moves(encoder, folder):

@@ -57,7 +57,10 @@ def test_embedded_tasks(asterisk):
         assert len(task.targets) == len(task.speech) > 900
     assert {u.language for u in tasks["ctc"].speech.utterances} == {"en", "es"} and tasks["ctc"].metric == "CER"
     translated = {u.id: t for u, t in zip(tasks["seq2seq"].speech.utterances, tasks["seq2seq"].targets)}
-    assert translated["ru/agent-loginok"] == translated["it/agent-loginok"] == ["agent", "logged"]
+    assert translated["ru/conf-getpin"] == translated["it/conf-getpin"] == ["please", "enter", "conference", "number"]
+    heard_in = {w: {u.group for u, t, s in zip(tasks["seq2seq"].speech.utterances, tasks["seq2seq"].targets, tasks["seq2seq"].splits)
+                    if s == "train" and w in t} for w in tasks["seq2seq"].symbols}
+    assert all(len(groups) >= 4 for groups in heard_in.values())
     concepts = {u.id: t for u, t in zip(tasks["pool"].speech.utterances, tasks["pool"].targets)}
     assert concepts["es/conf-enteringno"] == {"conference", "number"} and len(tasks["pool"].symbols) == 8
 
