@@ -66,7 +66,7 @@ def arguments(description="Train a head on the encoder at each λ and seed.", la
     add("--batch", type=int, default=16, help="utterances")
     add("--lr", type=float, default=2e-3, help="of the head; halved after a third of the patience")
     add("--encoder-lr", type=float, default=1e-4, help="of the encoder, with --unfreeze")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of heads in training: see pretrain.py")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="in training: see pretrain.py")
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where it runs")
     add("--out", default="runs/finetune", help="folder for the points")
     return parser
@@ -166,8 +166,8 @@ def train(args, task: Task, heard, seed, groups=(), cost=lambda: 0.0, watch=dict
         learners.train()
         shuffled, heard_loss = batches("train"), 0.0
         for k in generator.permutation(len(shuffled)):
-            hidden, lengths = heard(shuffled[k])
             with torch.autocast(args.device, torch.bfloat16, enabled=use_bf16(args, torch.device(args.device))):
+                hidden, lengths = heard(shuffled[k])
                 loss = head.loss(hidden, lengths, [targets[i] for i in shuffled[k]]) + cost()
             optimizer.zero_grad()
             loss.backward()

@@ -21,6 +21,7 @@ import numpy as np
 
 from figures import COLOURS, STYLE
 
+METRICS = {"ctc": "CER", "seq2seq": "WER", "pool": "mAP"}
 TASKS = {"ctc": "characters (CTC)", "seq2seq": "translation (seq2seq)", "pool": "concepts (pooling)"}
 PEERS = {"none": "no compression", "average2": "average of 2", "average4": "average of 4", "lam0.51": "CIF at λ = 0.51",
          "lam0.78": "CIF at λ = 0.78", "lam1.04": "CIF at λ = 1.04"}
@@ -49,10 +50,9 @@ class Summary:
         self.period, self.gflops, self.epochs = mean("frame_period_ms"), mean("transformer_gflops_per_s"), mean("epochs")
         self.minutes = sum(p["train_s"] for p in points) / 60
         self.infeasible = 100 * mean("infeasible_test") / mean("test_utterances")
-        self.metric = points[0]["metric"]
 
     def __str__(self):
-        return f"{self.test:.1f} ± {self.sd:.1f}"
+        return f"{self.test:.1f} ± {self.sd:.1f}" if self.n > 1 else f"{self.test:.1f}"
 
 
 def select(points, model, task, features="encoder", price=0.0):
@@ -78,8 +78,7 @@ def tradeoff_table(points, task):
     for features in ("logmel", "random", "deaf"):
         for lam, s in select(points, "baselines", task, features).items():
             add({"logmel": "log-mel", "random": "untrained encoder", "deaf": "deaf"}[features], lam if features == "random" else "", s)
-    metric = rows[0][4].metric if rows else ""
-    return table(["model", "λ", "ms / token", "GFLOPs / s", f"{metric} %", "seeds", "epochs", "too short"], rows)
+    return table(["model", "λ", "ms / token", "GFLOPs / s", f"{METRICS[task]} %", "seeds", "epochs", "too short"], rows)
 
 
 def peers_table(points):
@@ -143,12 +142,12 @@ def tradeoff_figure(points, path):
                 for features, label in (("logmel", "log-mel, same head"), ("random", "untrained encoder, λ = 0"), ("deaf", "deaf")):
                     for s in list(select(points, "baselines", task, features).values())[:1]:
                         axis.axhline(s.test, color=COLOURS[features], linestyle="--", label=label)
-                axis.set(ylabel=f"test {curve[0].metric} (%)" + (", higher is better" if task == "pool" else ", lower is better"), title=name)
+                axis.set(ylabel=f"test {METRICS[task]} (%)" + (", higher is better" if task == "pool" else ", lower is better"), title=name)
             column[0].set(xscale="log", xlabel="frame period (ms per token)", xticks=[20, 33, 50, 90, 180], xticklabels=[20, 33, 50, 90, 180])
             column[0].minorticks_off()
             column[1].set(xlabel="Transformer GFLOPs per second of speech")
-        handles, labels = axes[0, 1].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        labelled = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}
+        figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4)
         figure.savefig(path)
         plt.close(figure)
 
@@ -158,9 +157,7 @@ def lambda_figure(points, path):
         figure, axes = plt.subplots(2, len(TASKS), figsize=(14, 7), layout="constrained", sharex="col")
         for (task, name), column in zip(TASKS.items(), axes.T):
             runs = {k: p for k, p in points.items() if k[0] == "adaptive" and k[1] == task and k[4] == 0}
-            metric = "metric"
             for n, (key, seeds) in enumerate(sorted(runs.items(), key=lambda item: item[0][3])):
-                metric = seeds[0]["metric"]
                 for p in seeds:
                     epochs = np.arange(1, len(p["history"]) + 1)
                     colour = COLOURS["starts"][n % len(COLOURS["starts"])]
@@ -168,8 +165,9 @@ def lambda_figure(points, path):
                     column[0].plot(p["best_epoch"], p["lam"], "*", ms=12, color=colour)
                     column[1].plot(epochs, [h["valid"] for h in p["history"]], color=colour)
             column[0].set(title=name, ylabel="λ", ylim=(0, None))
-            column[1].set(xlabel="epochs", ylabel=f"validation {metric} (%)", ylim=(0, 105))
-        axes[0, 0].legend()
+            column[1].set(xlabel="epochs", ylabel=f"validation {METRICS[task]} (%)", ylim=(0, 105))
+            if runs:
+                column[0].legend()
         figure.savefig(path)
         plt.close(figure)
 
