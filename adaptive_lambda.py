@@ -82,12 +82,12 @@ def main():
             path = Path(args.out) / f"{args.task}-price{args.price:g}-from{start:g}-seed{seed}.json"
             if is_there(path, {**config, "start": start, "seed": seed}):
                 continue
-            frames = frames or Frames(task.speech, encoder, args.device)
+            frames = frames or Frames(task.speech, encoder, args.device, args.keep == "memory")
             began, learner = time.time(), LearnedLam(start, encoder, frames, args.freeze)
             point = train(args, task, learner, seed, [{"params": [learner.raw], "lr": args.lam_lr, "weight_decay": 0.0}],
                           lambda: args.price * learner.mean_weight, learner.watch)
             took, lam = time.time() - began, learner.lam.item()
-            heard = Heard(task.speech, args.features, encoder, lam, args.device, frames)
+            heard = Heard(task.speech, args.features, encoder, lam, args.device, frames, args.keep == "memory")
             save_point(path, {"config": {**config, "start": start, "seed": seed},
                               "command": command("adaptive_lambda.py", parser, args, start, seed), "metric": task.metric, "lam": lam,
                               **point, **cost_of(heard, frames), "train_s": took})

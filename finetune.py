@@ -56,6 +56,7 @@ def arguments(description="Train a head on the encoder at each λ and seed.", la
     add("--lam", type=float, nargs="+", default=[0.0], help=lam)
     add("--seeds", type=int, default=1, help="heads for each λ")
     add("--seed", type=int, default=0, help="of the first of them; the next ones count up")
+    add("--keep", choices=("memory", "nothing"), default="memory", help="what is heard is computed once and kept, or at every batch")
     add("--unfreeze", action="store_true", help="train the encoder too (slow: nothing is kept between epochs)")
     add("--head", choices=("blstm", "linear", "superb"), default="blstm", help="what CTC stands on")
     add("--slots", type=int, default=1, help="symbols that a token may emit under CTC")
@@ -204,7 +205,7 @@ def prepare(args):
     """The encoder (None for logmel and deaf), the task, and what a point says about its configuration."""
     encoder = OFAEncoder.from_checkpoint(args.checkpoint).to(args.device) if args.features in ("encoder", "random") else None
     task = load_superb(args.task, args.data, args.fold) if args.task in SUPERB else load_task(args.task, args.data, args.root)
-    config = {k: v for k, v in vars(args).items() if k not in ("lam", "seeds", "seed", "out", "root", "device")}
+    config = {k: v for k, v in vars(args).items() if k not in ("lam", "seeds", "seed", "out", "root", "device", "keep")}
     config["checkpoint_sha1"] = hashlib.sha1(Path(args.checkpoint).read_bytes()).hexdigest()[:12] if encoder else None
     if encoder and args.features == "random":
         torch.manual_seed(0)
@@ -250,8 +251,8 @@ def main():
             if is_there(path, {**config, "lam": lam, "seed": seed}):
                 continue
             if encoder and not frames:
-                frames = Frames(task.speech, encoder, args.device)
-            heard = heard or Heard(task.speech, args.features, encoder, lam, args.device, frames)
+                frames = Frames(task.speech, encoder, args.device, args.keep == "memory")
+            heard = heard or Heard(task.speech, args.features, encoder, lam, args.device, frames, args.keep == "memory")
             started = time.time()
             if args.unfreeze:
                 live = Live(task.speech, copy.deepcopy(encoder), lam, args.device)

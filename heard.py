@@ -4,7 +4,7 @@
                      kept for every λ (Frames)      kept for every seed (Heard)
 
 The encoder is frozen, so neither changes while heads are trained, and the CNN, most of the cost, runs once for a whole sweep.
-Where the encoder is trained too, nothing can be kept (Live).
+Where the encoder is trained too (Live), or the corpus is larger than the memory (--keep nothing), it runs at every batch.
 
 Baselines hear something else: logmel (80 log-mel channels, a frame every 20 ms), random (the encoder with untrained
 weights), deaf (one zero vector, whatever was said: what the head knows without hearing).
@@ -29,50 +29,53 @@ FEATURES = ("encoder", "random", "logmel", "deaf")
 
 
 class Frames:
-    """What the CNN makes of each utterance, which λ does not change: x[i] (S, C) in half precision."""
+    """What the CNN makes of each utterance, which λ does not change: frames(indices) gives x (B, S, C), zero past each length,
+    and the number of frames (B,). Kept in half precision, or computed at every call (keep=False: the corpus exceeds the memory)."""
+
+    def __init__(self, speech: Speech, encoder, device, keep=True):
+        self.speech, self.encoder, self.device, self.x, started = speech, encoder, device, None, time.time()
+        kept = {}
+        for indices in tqdm(by_length(speech) if keep else [], desc="frames", unit=" batches", leave=False):
+            for i, x, n in zip(indices, *self(indices)):
+                kept[i] = x[:n].half().cpu()
+        self.x, self.seconds = kept or None, time.time() - started
 
     @torch.no_grad()
-    def __init__(self, speech: Speech, encoder, device):
-        self.x, self.device, started = [None] * len(speech), device, time.time()
-        order = by_length(speech)
-        for k in tqdm(range(0, len(order), 16), desc="frames", unit=" batches", leave=False):
-            waveforms, lengths = (t.to(device) for t in pad([speech[i] for i in order[k : k + 16]]))
-            for i, x, n in zip(order[k : k + 16], *encoder.features(waveforms, lengths)):
-                self.x[i] = x[:n].half().cpu()
-        self.seconds = time.time() - started
-
     def __call__(self, indices):
-        """A batch: x (B, S, C), zero past each length, and frames (B,)."""
+        if self.x is None:
+            return self.encoder.features(*(t.to(self.device) for t in pad([self.speech[i] for i in indices])))
         rows = [self.x[i] for i in indices]
         return pad_sequence(rows, batch_first=True).to(self.device).float(), torch.tensor([len(x) for x in rows], device=self.device)
 
 
 class Heard:
-    """What the head hears of each utterance: states[i] (L + 1, T, D) in half precision, and what it cost."""
+    """What the head hears of each utterance: heard(indices) gives hidden states (B, L + 1, T, D), zero past each length, and the
+    number of tokens (B,); and what that costs. Kept like Frames; what is not kept has its cost measured on 200 utterances."""
 
-    @torch.no_grad()
-    def __init__(self, speech: Speech, features, encoder, lam, device, frames: Frames | None):
-        self.states, self.device, started = [None] * len(speech), device, time.time()
-        order, n_frames = by_length(speech), 0
-        for k in tqdm(range(0, len(order), 16), desc=f"{features} at λ = {lam:g}", unit=" batches", leave=False):
-            indices = order[k : k + 16]
-            if encoder:
-                out = encoder.encode(*frames(indices), lam)
-                states, tokens = torch.stack(out.hidden_states, 1), out.lengths.tolist()
-            else:
-                states = [log_mel(speech[i]) if features == "logmel" else torch.zeros(1, 8) for i in indices]
-                states, tokens = pad_sequence(states, batch_first=True)[:, None], [len(x) for x in states]
-            for i, x, n in zip(indices, states, tokens):
-                self.states[i] = x[:, :n].half().cpu()
+    def __init__(self, speech: Speech, features, encoder, lam, device, frames: Frames | None, keep=True):
+        self.speech, self.features, self.encoder, self.lam, self.device, self.frames = speech, features, encoder, lam, device, frames
+        self.states, self.tokens, n_frames, started, kept = None, 0, 0, time.time(), {}
+        order = by_length(speech)
+        for indices in tqdm(order if keep else order[:: max(1, len(order) // 13)], desc=f"{features} at λ = {lam:g}", unit=" batches", leave=False):
+            states, tokens = self(indices)
+            if keep:
+                kept |= {i: x[:, :n].half().cpu() for i, x, n in zip(indices, states, tokens)}
             n_frames += sum(frames_of(speech.utterances[i].samples) for i in indices)
-        self.tokens = sum(x.shape[1] for x in self.states)
-        self.period_ms, self.seconds = FRAME_MS * n_frames / self.tokens, time.time() - started
+            self.tokens += tokens.sum().item()
+        self.states, self.period_ms, self.seconds = kept or None, FRAME_MS * n_frames / self.tokens, time.time() - started
+        order = sum(order, [])
         few = [speech[i] for i in order[:: max(1, len(order) // 20)]]
         self.gflops = transformer_gflops(encoder, few, lam, device) if encoder else 0.0
 
+    @torch.no_grad()
     def __call__(self, indices):
-        """A batch: hidden states (B, L + 1, T, D), zero past each length, and lengths (B,)."""
-        rows = [self.states[i].transpose(0, 1) for i in indices]                           # (T, L + 1, D) each
+        if self.states is None and self.encoder:
+            out = self.encoder.encode(*self.frames(indices), self.lam)
+            return torch.stack(out.hidden_states, 1), out.lengths
+        if self.states is not None:
+            rows = [self.states[i].transpose(0, 1) for i in indices]                       # (T, L + 1, D) each
+        else:
+            rows = [(log_mel(self.speech[i]) if self.features == "logmel" else torch.zeros(1, 8))[:, None] for i in indices]
         hidden = pad_sequence(rows, batch_first=True).to(self.device).float().transpose(1, 2)
         return hidden, torch.tensor([len(row) for row in rows], device=self.device)
 
@@ -90,8 +93,10 @@ class Live(nn.Module):
         return torch.stack(out.hidden_states, 1), out.lengths
 
 
-def by_length(speech: Speech) -> list[int]:
-    return sorted(range(len(speech)), key=lambda i: speech.utterances[i].samples)
+def by_length(speech: Speech) -> list[list[int]]:
+    """All utterances, in batches of like length."""
+    order = sorted(range(len(speech)), key=lambda i: speech.utterances[i].samples)
+    return [order[k : k + 16] for k in range(0, len(order), 16)]
 
 
 def log_mel(waveform):
@@ -106,7 +111,7 @@ if __name__ == "__main__":
 
     speech, encoder = load("asterisk").few(50), OFAEncoder(PRESETS["tiny"]).eval()
     frames = Frames(speech, encoder, "cpu")
-    print(f"“{speech.utterances[0].text}”: frames {tuple(frames.x[0].shape)}")
+    print(f"“{speech.utterances[0].text}”: frames {tuple(frames([0])[0].shape)}")
     for features, lam in (("encoder", 0.0), ("encoder", 0.5), ("encoder", 1.0), ("logmel", 0.0), ("deaf", 0.0)):
         heard = Heard(speech, features, encoder if features == "encoder" else None, lam, "cpu", frames)
-        print(f"{features:>7} at λ = {lam:g}: {tuple(heard.states[0].shape)}, {heard.period_ms:.1f} ms a token in all")
+        print(f"{features:>7} at λ = {lam:g}: {tuple(heard([0])[0].shape)}, {heard.period_ms:.1f} ms a token in all")

@@ -30,6 +30,9 @@ def test_kept_states_are_the_encoders(asterisk, encoder, lam):
             assert lengths[b] == out.lengths[0] and not hidden[b, :, lengths[b] :].any()
             torch.testing.assert_close(hidden[b, :, : lengths[b]], torch.cat(out.hidden_states), atol=0.02, rtol=0.02)  # half precision
     assert kept.tokens == tokens and kept.period_ms == pytest.approx(20 * frames / tokens) and kept.gflops > 0
+    computed = Heard(some, "encoder", encoder, lam, "cpu", Frames(some, encoder, "cpu", keep=False), keep=False)
+    assert computed.states is None and computed.frames.x is None and computed.period_ms == pytest.approx(kept.period_ms, rel=0.02)
+    torch.testing.assert_close(computed([3, 11])[0], hidden, atol=0.02, rtol=0.02)
 
 
 def test_baselines(asterisk, encoder):
