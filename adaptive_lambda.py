@@ -1,16 +1,23 @@
 """λ as a parameter of the task: learned by gradient with the head, instead of searched for on a grid.
 
-    λ = 2 σ(r)      r is the parameter, so that 0 < λ < 2 whatever the optimiser does
-    loss(head, λ) + price · mean α′
+    λ = 1.99 σ(r)      r is the parameter, so that 0 < λ < 2 whatever the optimiser does
+    loss(head, λ) + price · mean α′ + missing
 
 The encoder is frozen, yet λ's gradient passes through it: loss → hidden states → tokens → widths of CIF's pieces → α′ → λ.
 Where α′ moves a token's end, frames change hands between neighbours, and the loss says whether that was for the better. Two
 things the gradient does not see: the *number* of tokens, which changes by jumps, and how the head would fare had it been
-trained at another λ from the start. mean α′ is tokens per frame: at λ = 0, where it is 1, `price` is added to the loss,
-at λ = 1 about 0.23 of it. So a price says how much loss a saved token is worth.
+trained at another λ from the start. A price is paid for tokens: mean α′ is tokens per frame: at λ = 0, where it is 1, `price` is added to the loss,
+at λ = 1 about 0.23 of it. With a price the last epoch is kept, not the one with the best validation score, which knows no price.
 
-λ has its own learning rate and no weight decay, and stays where it starts for the first steps (--freeze): a head that knows
-nothing yet, CTC's that emits only blanks above all, gives it a gradient of noise.
+`missing` is for CTC. An utterance with fewer tokens than its text needs has an infinite loss, which is usually replaced by 0
+(zero_infinity): as λ grows, the hardest utterances fall silent, the loss falls, and λ has no reason to come back. In its place
+each missing token is charged what guessing its symbol would cost; Σ α′ stands for the number of tokens:
+
+    missing = mean over utterances of  ln(symbols + 1) · relu(n - Σ α′) / n,   n = what CTC must emit
+
+--hide-missing leaves it out, to see what happens then. λ has its own learning rate, which falls to a tenth at the most, and no
+weight decay. For the first steps it stays where it starts (--freeze): a head that knows nothing yet, above all CTC's that emits
+only blanks, gives it a gradient of noise.
 
 Source: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models", ICASSP 2023, adaptive
 compressing rate learning. Tasks, heads, stopping and points are finetune.py's.
@@ -18,6 +25,7 @@ compressing rate learning. Tasks, heads, stopping and points are finetune.py's.
     python adaptive_lambda.py --checkpoint checkpoints/ofa-tiny.pt --task ctc --lam 0.1 0.6 1.2 --seeds 3 --out runs/adaptive
 """
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -25,35 +33,55 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from finetune import arguments, check, command, cost_of, is_there, prepare, save_point, train
-from heard import Frames, Heard
+from finetune import arguments, check, prepare, train
+from heads import emissions
+from heard import Frames, Heard, Learner
 from ofa_encoder import FRAME_MS
+from points import command, cost_of, is_there, save_point
 
 
-class LearnedLam(nn.Module):
-    """As Heard, but at a λ that is learned. frames: what the CNN made of each utterance; freeze: steps for which λ rests."""
+LIMIT = 1.99  # at 2, α′ is 0 and nothing fires
 
-    def __init__(self, start, encoder, frames: Frames, freeze):
+
+class LearnedLam(Learner):
+    """freeze: steps for which λ rests; jitter: how far a step's λ may lie from the learned one; needed: tokens that each utterance needs, where that matters; guess: the cost of one that is
+    missing."""
+
+    def __init__(self, start, encoder, frames: Frames, lr=0.02, freeze=0, jitter=0.0, price=0.0, needed=None, guess=0.0):
         super().__init__()
-        self.raw = nn.Parameter(torch.logit(torch.tensor(start / 2, device=frames.device)))
+        self.price, self.guess, self.jitter, self.left, self.keep_last = price, guess, freeze, price > 0
+        self.needed = None if needed is None else torch.tensor(needed, device=frames.device)
+        self.raw = nn.Parameter(torch.logit(torch.tensor(start / LIMIT, device=frames.device)))
+        self.groups = [{"params": [self.raw], "lr": lr, "min_lr": lr / 10, "weight_decay": 0.0}]
         self.encode = lambda indices, lam: encoder.encode(*frames(indices), lam)  # not a submodule: the encoder stays as it is
-        self.left, self.frames, self.tokens = freeze, 0, 0
+        self.frames, self.tokens = 0, 0
 
     @property
     def lam(self):
-        return 2 * self.raw.sigmoid()
+        return LIMIT * self.raw.sigmoid()
+
+    @property
+    def ready(self):
+        return self.left <= 0
 
     def forward(self, indices):
         lam = self.lam
         if self.training and self.left > 0:
             self.left, lam = self.left - 1, lam.detach()
+        if self.training:
+            lam = (lam + self.jitter * (2 * torch.rand((), device=lam.device) - 1)).clamp(0, LIMIT)
         out = self.encode(indices, lam)
-        self.mean_weight = out.fired.alpha.sum() / out.frames.sum()               # mean α′ of the batch
-        self.frames, self.tokens = self.frames + out.frames.sum().item(), self.tokens + out.lengths.sum().item()
+        mass = out.fired.alpha.sum(1)                                             # (B,) Σ α′: CIF's α is our α′
+        self.cost = self.price * mass.sum() / out.frames.sum()
+        if self.needed is not None:
+            needed = self.needed[list(indices)]
+            self.cost = self.cost + self.guess * (torch.relu(needed - mass) / needed).mean()
+        if self.training:
+            self.frames, self.tokens = self.frames + out.frames.sum().item(), self.tokens + out.lengths.sum().item()
         return torch.stack(out.hidden_states, 1), out.lengths
 
     def watch(self) -> dict:
-        """λ, and the mean frame period in ms since it was last asked for."""
+        """λ at the end of the epoch, and the mean frame period in ms over its training batches."""
         period, self.frames, self.tokens = FRAME_MS * self.frames / self.tokens, 0, 0
         return {"lam": self.lam.item(), "period_ms": period}
 
@@ -61,31 +89,37 @@ class LearnedLam(nn.Module):
 def main():
     parser = arguments("Learn λ with a head, on the frozen encoder.", lam="each λ to start from")
     parser.set_defaults(lam=[0.1, 0.6, 1.2])
-    parser.add_argument("--lam-lr", type=float, default=0.02, help="learning rate of r, where λ = 2 σ(r)")
+    parser.add_argument("--lam-lr", type=float, default=0.02, help="learning rate of r, where λ = 1.99 σ(r)")
     parser.add_argument("--freeze", type=int, default=400, help="steps for which λ rests where it starts")
+    parser.add_argument("--jitter", type=float, default=0.0, help="largest distance of a step's λ from the learned one")
     parser.add_argument("--price", type=float, default=0.0, help="added to the loss, times tokens per frame")
+    parser.add_argument("--hide-missing", action="store_true", help="do not charge CTC's missing tokens: utterances that are too short cost nothing")
     args = parser.parse_args()
-    check(args)
     if args.features != "encoder" or args.unfreeze:
         raise ValueError("λ is learned on a frozen, pre-trained encoder: --features and --unfreeze are for finetune.py")
-    if 0 in args.lam:
-        raise ValueError("--lam 0 is the end of the scale, from where λ = 2 σ(r) can't move: start from 0.05, say")
-    for name in ("lam_lr", "freeze", "price"):
+    check(args)
+    if not all(0 < lam < LIMIT for lam in args.lam):
+        raise ValueError(f"--lam {' '.join(f'{lam:g}' for lam in args.lam)}: λ = {LIMIT} σ(r) can't start from an end of the scale; try 0.05, say")
+    for name in ("lam_lr", "freeze", "jitter", "price"):
         if not 0 <= getattr(args, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more")
     encoder, task, config = prepare(args)
+    steps = args.epochs * -(-len(task.indices("train")) // args.batch)
+    if args.freeze >= steps:
+        raise ValueError(f"--freeze {args.freeze}: λ would rest for all of the {steps} steps in {args.epochs} epochs")
     if encoder.config.compression != "cif":
         raise ValueError(f"{args.checkpoint} has one fixed rate ({encoder.config.compression}): there is no λ to learn")
-    frames = None
+    needed = None if args.hide_missing or task.kind != "ctc" else [emissions(t) / args.slots for t in task.targets]
+    frames, name = None, f"{args.task}-price{args.price:g}" + "-hidden" * args.hide_missing
     for start in args.lam:
         for seed in range(args.seed, args.seed + args.seeds):
-            path = Path(args.out) / f"{args.task}-price{args.price:g}-from{start:g}-seed{seed}.json"
+            path = Path(args.out) / f"{name}-from{start:g}-seed{seed}.json"
             if is_there(path, {**config, "start": start, "seed": seed}):
                 continue
             frames = frames or Frames(task.speech, encoder, args.device, args.keep == "memory")
-            began, learner = time.time(), LearnedLam(start, encoder, frames, args.freeze)
-            point = train(args, task, learner, seed, [{"params": [learner.raw], "lr": args.lam_lr, "weight_decay": 0.0}],
-                          lambda: args.price * learner.mean_weight, learner.watch)
+            began = time.time()
+            learner = LearnedLam(start, encoder, frames, args.lam_lr, args.freeze, args.jitter, args.price, needed, math.log(len(task.symbols) + 1))
+            point = train(args, task, learner, seed)
             took, lam = time.time() - began, learner.lam.item()
             heard = Heard(task.speech, args.features, encoder, lam, args.device, frames, args.keep == "memory")
             save_point(path, {"config": {**config, "start": start, "seed": seed},

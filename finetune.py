@@ -18,10 +18,6 @@ Source: the protocol of SUPERB (Yang et al., Interspeech 2021); the curve over �
 import argparse
 import copy
 import hashlib
-import json
-import platform
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -34,9 +30,10 @@ from tqdm import tqdm
 
 from data import SPLITS
 from heads import CTCHead, PoolHead, Seq2SeqHead
-from heard import FEATURES, Frames, Heard, Live
+from heard import FEATURES, Frames, Heard, Learner, Live
 from ofa_encoder import OFAEncoder, check_lam
-from pretrain import use_bf16
+from points import command, cost_of, is_there, save_point
+from pretrain import pick_device, use_bf16
 from superb import METRICS, SUPERB, load_superb
 from tasks import HIGHER_IS_BETTER, KINDS, Task, load_task
 
@@ -78,6 +75,9 @@ def check(args):
     args.data = args.data or (args.root if args.task in SUPERB else "asterisk")
     for lam in args.lam:
         check_lam(lam)
+    pick_device(args.device)
+    if args.features in ("logmel", "deaf") and any(args.lam):
+        raise ValueError(f"--lam is for the encoder; --features {args.features} has no λ")
     if args.features in ("encoder", "random") and not args.checkpoint:
         raise ValueError(f"--features {args.features} needs --checkpoint")
     if args.unfreeze and args.features not in ("encoder", "random"):
@@ -110,8 +110,8 @@ def score(task: Task, predicted: list, targets: list, metric="") -> float:
 
 def average_precision(scores, wanted):
     """Mean, over the wanted ones, of the precision among all that score at least as high."""
-    wanted = wanted[np.argsort(-scores, kind="stable")]
-    return (wanted.cumsum() / np.arange(1, len(wanted) + 1))[wanted].mean()
+    as_high = scores >= scores[wanted][:, None]                                            # (wanted, all)
+    return ((as_high & wanted).sum(1) / as_high.sum(1)).mean()
 
 
 def build_head(args, task, layers, dim):
@@ -124,22 +124,26 @@ def build_head(args, task, layers, dim):
     return PoolHead(layers, dim, n, several=task.metric == "mAP", groups=task.groups)
 
 
-def train(args, task: Task, heard, seed, groups=(), cost=lambda: 0.0, watch=dict):
-    """Train a head until the validation split says stop. Returns the part of a point (a dict) that says how it went.
-
-    heard(indices) gives hidden states and lengths. If it is a module, it is trained too: groups are its groups of parameters
-    for the optimiser; cost() is added to a batch's loss; what watch() returns goes into each epoch's row of the history.
-    The head, and the module, are left as they were at the epoch with the best validation score."""
+def train(args, task: Task, heard: Heard | Learner, seed) -> dict:
+    """Train a head on what is heard, and a Learner with it, until the validation split says stop; test it as it was at the
+    epoch with the best validation score. Returns the part of a point that says how it went."""
     torch.manual_seed(seed)
     number = {s: k for k, s in enumerate(task.symbols)}
     targets = [[number.get(s, -1) for s in ([t] if isinstance(t, str) else t)] for t in task.targets]
+    learner = heard if isinstance(heard, Learner) else Learner()
     with torch.no_grad():
-        hidden, lengths = heard(task.indices("train")[:: max(1, len(task.indices("train")) // 200)])
-    head = build_head(args, task, hidden.shape[1], hidden.shape[3]).to(args.device)
-    head.mix.standardise(hidden, lengths)
-    learners = nn.ModuleList([head, heard] if isinstance(heard, nn.Module) else [head])
-    optimizer = torch.optim.AdamW([{"params": head.parameters()}, *groups], lr=args.lr, weight_decay=0.01)
-    slower = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=max(1, args.patience // 3))
+        learner.eval()
+        some = task.indices("train")[:: max(1, len(task.indices("train")) // 200)]
+        some = [heard(some[k : k + args.batch]) for k in range(0, len(some), args.batch)]
+        rows = torch.cat([h[:, :n] for hidden, lengths in some for h, n in zip(hidden, lengths)], 1)  # (L + 1, tokens, D)
+    head = build_head(args, task, rows.shape[0], rows.shape[2]).to(args.device)
+    head.mix.standardise(rows)
+    trained = nn.ModuleList([head, learner])
+    groups = [{"params": head.parameters()}, *learner.groups]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)
+    slower = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=max(1, args.patience // 3),
+                                                        min_lr=[group.get("min_lr", 0.0) for group in groups])
+    bf16 = use_bf16(args, torch.device(args.device))
     splits = {split: sorted(task.indices(split), key=lambda i: task.speech.utterances[i].samples) for split in SPLITS}
     better = (lambda a, b: a > b) if task.metric in HIGHER_IS_BETTER else (lambda a, b: a < b)
 
@@ -148,14 +152,14 @@ def train(args, task: Task, heard, seed, groups=(), cost=lambda: 0.0, watch=dict
         return [rows[k : k + args.batch] for k in range(0, len(rows), args.batch)]
 
     @torch.no_grad()
-    def test(split):
-        learners.eval()
+    def measure(split):
+        trained.eval()
         loss, predicted, wanted, infeasible = 0.0, [], [], 0
         for batch in batches(split):
             hidden, lengths = heard(batch)
             wanted += [targets[i] for i in batch]
             known = [[s for s in targets[i] if s >= 0] for i in batch]
-            loss += head.loss(hidden, lengths, known).item() * len(batch) / len(splits[split])
+            loss += (head.loss(hidden, lengths, known).item() + float(learner.cost)) * len(batch) / len(splits[split])
             predicted += head.predict(hidden, lengths)
             infeasible += head.infeasible(lengths, known) if task.kind == "ctc" else 0
         return loss, score(task, predicted, wanted), infeasible, predicted
@@ -164,40 +168,44 @@ def train(args, task: Task, heard, seed, groups=(), cost=lambda: 0.0, watch=dict
     generator = np.random.default_rng(seed)
     bar = tqdm(range(args.epochs), desc=f"seed {seed}", unit=" epochs", leave=False)
     for epoch in bar:
-        learners.train()
-        shuffled, heard_loss = batches("train"), 0.0
+        trained.train()
+        shuffled, train_loss = batches("train"), 0.0
         for k in generator.permutation(len(shuffled)):
-            with torch.autocast(args.device, torch.bfloat16, enabled=use_bf16(args, torch.device(args.device))):
+            with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
                 hidden, lengths = heard(shuffled[k])
-                loss = head.loss(hidden, lengths, [targets[i] for i in shuffled[k]]) + cost()
+                loss = head.loss(hidden, lengths, [targets[i] for i in shuffled[k]]) + learner.cost
             optimizer.zero_grad()
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(learners.parameters(), 5.0)
+            norm = nn.utils.clip_grad_norm_(trained.parameters(), 5.0)
             if not norm.isfinite():
                 raise FloatingPointError(f"seed {seed}, epoch {epoch + 1}: loss {loss.item()}, gradient {norm.item()}, utterances "
                                          f"{[task.speech.utterances[i].id for i in shuffled[k]]}; try a smaller --lr")
             optimizer.step()
-            heard_loss += loss.item() / len(shuffled)
-        valid_loss, valid, _, _ = test("valid")
-        history.append({"train_loss": heard_loss, "valid_loss": valid_loss, "valid": valid, **watch()})
+            train_loss += loss.item() / len(shuffled)
+        valid_loss, valid, _, _ = measure("valid")
+        history.append({"train_loss": train_loss, "valid_loss": valid_loss, "valid": valid, **learner.watch()})
         slower.step(valid_loss)
         stale += 1
         if valid_loss < lowest:
             lowest, stale = valid_loss, 0
-        if best is None or better(valid, best):
-            best, stale, kept = valid, 0, (copy.deepcopy(learners.state_dict()), epoch)
-        bar.set_postfix_str(f"valid {task.metric} {valid:.1f} %, best {best:.1f} %, loss {valid_loss:.3f}")
+        if not learner.ready:
+            stale = 0
+        elif best is None or better(valid, best):
+            best, stale, kept = valid, 0, (copy.deepcopy(trained.state_dict()), epoch)
+        bar.set_postfix_str(f"valid {task.metric} {valid:.1f} %, best {best or valid:.1f} %, loss {valid_loss:.3f}")
         if stale >= args.patience:
             break
-    learners.load_state_dict(kept[0])
-    _, result, infeasible, predicted = test("test")
+    if learner.keep_last:
+        best, kept = valid, (trained.state_dict(), epoch)
+    trained.load_state_dict(kept[0])
+    _, result, infeasible, predicted = measure("test")
     infeasible_train = 0 if task.kind != "ctc" else sum(head.infeasible(heard(batch)[1], [targets[i] for i in batch]) for batch in batches("train"))
     join = "".join if task.kind == "ctc" and task.metric != "PER" else " ".join
     examples = [] if task.kind == "pool" else [
         {"wanted": join(task.targets[i]), "predicted": join(task.symbols[s] for s in p)} for i, p in zip(splits["test"][::40], predicted[::40])]
     second = {f"test {task.second}": score(task, predicted, [targets[i] for i in splits["test"]], task.second)} if task.second else {}
     return {"test": result, **second, "valid": best, "epochs": epoch + 1, "best_epoch": kept[1] + 1, "infeasible_test": infeasible,
-            "infeasible_train": infeasible_train, "test_utterances": len(splits["test"]),
+            "infeasible_train": infeasible_train, "test_utterances": len(splits["test"]), "bf16": bf16,
             "examples": examples, "history": history}
 
 
@@ -207,6 +215,9 @@ def prepare(args):
     task = load_superb(args.task, args.data, args.fold) if args.task in SUPERB else load_task(args.task, args.data, args.root)
     config = {k: v for k, v in vars(args).items() if k not in ("lam", "seeds", "seed", "out", "root", "device", "keep")}
     config["checkpoint_sha1"] = hashlib.sha1(Path(args.checkpoint).read_bytes()).hexdigest()[:12] if encoder else None
+    config["data_sha1"] = hashlib.sha1(Path(args.data).read_bytes()).hexdigest()[:12] if Path(args.data).is_file() else None
+    if encoder and encoder.config.compression != "cif" and any(args.lam):
+        raise ValueError(f"{args.checkpoint} has one fixed rate ({encoder.config.compression}): leave --lam at 0")
     if encoder and args.features == "random":
         torch.manual_seed(0)
         encoder = OFAEncoder(encoder.config).to(args.device).eval()
@@ -214,28 +225,6 @@ def prepare(args):
         encoder.requires_grad_(args.unfreeze)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     return encoder, task, config
-
-
-def is_there(path, config) -> bool:
-    """Whether the point has been computed. Raises ValueError if the file holds one of another configuration."""
-    if not path.exists():
-        return False
-    there = json.loads(path.read_text(encoding="utf-8"))["config"]
-    differ = sorted(k for k in {*config, *there} if there.get(k) != config.get(k))
-    if differ:
-        raise ValueError(f"{path} is of another configuration ({', '.join(differ)} differ): choose another --out")
-    print(f"{path} is there")
-    return True
-
-
-def save_point(path, point):
-    """Write the point, with the commit, machine and date that made it, in one go."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    point = {**point, "commit": git.stdout.strip(), "machine": machine, "date": time.strftime("%Y-%m-%d")}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(point, indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(path)
 
 
 def main():
@@ -250,35 +239,22 @@ def main():
             path = Path(args.out) / f"{args.task}-{args.features}-lam{lam:g}-seed{seed}.json"
             if is_there(path, {**config, "lam": lam, "seed": seed}):
                 continue
-            if encoder and not frames:
+            if encoder and not frames and not args.unfreeze:
                 frames = Frames(task.speech, encoder, args.device, args.keep == "memory")
-            heard = heard or Heard(task.speech, args.features, encoder, lam, args.device, frames, args.keep == "memory")
-            started = time.time()
             if args.unfreeze:
-                live = Live(task.speech, copy.deepcopy(encoder), lam, args.device)
-                point = train(args, task, live, seed, groups=[{"params": live.encoder.parameters(), "lr": args.encoder_lr}])
+                learner = Live(task.speech, copy.deepcopy(encoder), lam, args.device, args.encoder_lr)
             else:
-                point = train(args, task, heard, seed)
+                learner = heard = heard or Heard(task.speech, args.features, encoder, lam, args.device, frames, args.keep == "memory")
+            started = time.time()
+            point = train(args, task, learner, seed)
+            if args.unfreeze:                          # the cost of the encoder that it has become
+                frames = Frames(task.speech, learner.encoder, args.device, keep=False)
+                heard = Heard(task.speech, args.features, learner.encoder, lam, args.device, frames, keep=False)
             save_point(path, {"config": {**config, "lam": lam, "seed": seed}, "command": command("finetune.py", parser, args, lam, seed), "metric": task.metric,
                               **point, **cost_of(heard, frames), "train_s": time.time() - started})
             infeasible = f", {point['infeasible_test']} of {point['test_utterances']} too short for CTC" if task.kind == "ctc" else ""
             print(f"λ = {lam:g} ({heard.period_ms:.1f} ms), seed {seed}: test {task.metric} {point['test']:.1f} % after {point['epochs']} "
                   f"epochs, {time.time() - started:.0f} s{infeasible}")
-
-
-def command(script, parser, args, lam, seed) -> str:
-    """The command that computes a point again."""
-    values = {**vars(args), "lam": [lam], "seed": seed, "seeds": 1, "out": "runs/again"}
-    words = [script]
-    for name, value in values.items():
-        if value != parser.get_default(name):
-            words += [f"--{name.replace('_', '-')}", *map(str, [] if value is True else value if isinstance(value, list) else [value])]
-    return "python " + shlex.join(words)
-
-
-def cost_of(heard: Heard, frames: Frames | None) -> dict:
-    return {"frame_period_ms": heard.period_ms, "tokens": heard.tokens, "transformer_gflops_per_s": heard.gflops,
-            "cnn_s": frames.seconds if frames else 0.0, "encode_s": heard.seconds}
 
 
 if __name__ == "__main__":

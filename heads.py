@@ -31,10 +31,9 @@ class Mix(nn.Module):
         self.weights = nn.Parameter(torch.zeros(layers))
         self.project = nn.Linear(dim, width)
 
-    def standardise(self, hidden, lengths):
-        """From now on every dimension has mean 0 and variance 1 over tokens like these. Some of an encoder's dimensions hardly
-        move around a large mean; a head would spend its first epochs on finding that out."""
-        rows = torch.cat([h[:, :n] for h, n in zip(hidden, lengths)], 1)     # (L + 1, tokens, D)
+    def standardise(self, rows):
+        """From now on every dimension has mean 0 and variance 1 over tokens like these, rows (L + 1, tokens, D). Some of an
+        encoder's dimensions hardly move around a large mean; a head would spend its first epochs on finding that out."""
         self.mean.copy_(rows.mean(1, keepdim=True))
         self.std.copy_(rows.std(1, keepdim=True, unbiased=False) + 1e-5)
 
@@ -55,6 +54,11 @@ class BiLSTM(nn.Module):
         reverse = torch.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps)[:, :, None]  # (B, T, 1)
         flip = lambda y: y.gather(1, reverse.expand(y.shape))
         return torch.cat([self.forwards(x)[0], flip(self.backwards(flip(x))[0])], 2)
+
+
+def emissions(text) -> int:
+    """What CTC must emit for a text, at the least: its symbols, and a blank between two equal ones."""
+    return len(text) + sum(a == b for a, b in zip(text, text[1:]))
 
 
 class CTCHead(nn.Module):
@@ -84,9 +88,8 @@ class CTCHead(nn.Module):
         return ctc_loss(self(hidden, lengths).transpose(0, 1), flat, lengths * self.slots, sizes, self.BLANK, zero_infinity=True)
 
     def infeasible(self, lengths, targets) -> int:
-        """How many of the utterances have too few tokens for their text. Between two equal symbols CTC needs a blank."""
-        needed = [len(t) + sum(a == b for a, b in zip(t, t[1:])) for t in targets]
-        return sum(n > length * self.slots for n, length in zip(needed, lengths.tolist()))
+        """How many of the utterances have too few tokens for their text."""
+        return sum(emissions(t) > length * self.slots for t, length in zip(targets, lengths.tolist()))
 
     @torch.no_grad()
     def predict(self, hidden, lengths):

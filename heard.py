@@ -50,7 +50,7 @@ class Frames:
 
 class Heard:
     """What the head hears of each utterance: heard(indices) gives hidden states (B, L + 1, T, D), zero past each length, and the
-    number of tokens (B,); and what that costs. Kept like Frames; what is not kept has its cost measured on 200 utterances."""
+    number of tokens (B,); and what that costs. Kept like Frames; if not, the cost is measured on a sample."""
 
     def __init__(self, speech: Speech, features, encoder, lam, device, frames: Frames | None, keep=True):
         self.speech, self.features, self.encoder, self.lam, self.device, self.frames = speech, features, encoder, lam, device, frames
@@ -80,12 +80,26 @@ class Heard:
         return hidden, torch.tensor([len(row) for row in rows], device=self.device)
 
 
-class Live(nn.Module):
-    """As Heard, but with the encoder run anew, and trained, at every batch (--unfreeze)."""
+class Learner(nn.Module):
+    """As Heard, but something in it is trained with the head. What finetune.train asks of it beyond hidden states:"""
 
-    def __init__(self, speech: Speech, encoder, lam, device):
+    groups = ()          # its parameters, as groups for the optimiser
+    cost = 0.0           # of the last batch, added to the head's loss
+    ready = True         # whether an epoch may be kept as the best one yet
+    keep_last = False    # keep the last epoch, instead of the one with the best validation score
+
+    def watch(self) -> dict:
+        """What to write into the history of each epoch."""
+        return {}
+
+
+class Live(Learner):
+    """The encoder is run anew, and trained, at every batch (--unfreeze)."""
+
+    def __init__(self, speech: Speech, encoder, lam, device, lr):
         super().__init__()
         self.speech, self.encoder, self.lam, self.device = speech, encoder, lam, device
+        self.groups = [{"params": encoder.parameters(), "lr": lr}]
 
     def forward(self, indices):
         waveforms, lengths = (t.to(self.device) for t in pad([self.speech[i] for i in indices]))

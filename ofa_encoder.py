@@ -62,7 +62,7 @@ def lam_from_period(period_ms, mean_alpha) -> float:
 
 
 def check_lam(lam) -> float:
-    lam = torch.as_tensor(lam).detach()
+    lam = torch.as_tensor(lam, dtype=torch.float32).detach()  # as α′ will see it: 1.99999999 is 2
     if lam.numel() != 1:
         raise ValueError(f"λ has shape {tuple(lam.shape)}, expected one number")
     lam = lam.item()

@@ -11,6 +11,7 @@ the grid, the curve is read by linear interpolation in the frame period.
 `python results.py` makes them anew.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -20,7 +21,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from figures import COLOURS, STYLE
+from points import differing, read_point
 
+PLAIN, HIDDEN = "price 0", "price 0, missing tokens hidden"  # how λ was learned
 METRICS = {"ctc": "CER", "seq2seq": "WER", "pool": "mAP"}
 TASKS = {"ctc": "characters (CTC)", "seq2seq": "translation (seq2seq)", "pool": "concepts (pooling)"}
 PEERS = {"none": "no compression", "average2": "average of 2", "average4": "average of 4", "lam0.51": "CIF at λ = 0.51",
@@ -28,13 +31,17 @@ PEERS = {"none": "no compression", "average2": "average of 2", "average4": "aver
 
 
 def load_points(folder):
-    """All points under results/: {(model, task, features, λ, or start of a learned one): its points, one a seed}."""
+    """All points under results/: {(model, task, features, λ, or start of a learned one, how it was learned): its points, one a seed}."""
     points = {}
     for path in sorted(folder.glob("*/*.json")):
-        point = json.loads(path.read_text(encoding="utf-8"))
+        point = read_point(path)
         config = point["config"]
-        key = (path.parent.name, config["task"], config["features"], config.get("lam", config.get("start")), config.get("price", 0.0))
+        how = f"price {config.get('price', 0):g}" + ", missing tokens hidden" * config.get("hide_missing", False)
+        key = (path.parent.name, config["task"], config["features"], config.get("lam", config.get("start")), how)
         points.setdefault(key, []).append(point)
+        differ = set(differing(config, points[key][0]["config"])) - {"seed"}
+        if differ:
+            raise ValueError(f"{path} is of another configuration than the points with other seeds beside it ({', '.join(differ)} differ)")
     if not points:
         raise ValueError(f"no points under {folder}: compute them with `make sweep`")
     return points
@@ -47,6 +54,7 @@ class Summary:
         mean = lambda name: float(np.mean([p[name] for p in points]))
         tests = [p["test"] for p in points]
         self.test, self.sd, self.n = float(np.mean(tests)), float(np.std(tests, ddof=1)) if len(tests) > 1 else float("nan"), len(tests)
+        self.valid = mean("valid")
         self.period, self.gflops, self.epochs = mean("frame_period_ms"), mean("transformer_gflops_per_s"), mean("epochs")
         self.minutes = sum(p["train_s"] for p in points) / 60
         self.infeasible = 100 * mean("infeasible_test") / mean("test_utterances")
@@ -55,10 +63,10 @@ class Summary:
         return f"{self.test:.1f} ± {self.sd:.1f}" if self.n > 1 else f"{self.test:.1f}"
 
 
-def select(points, model, task, features="encoder", price=0.0):
+def select(points, model, task, features="encoder"):
     """{λ or start: Summary}, in order."""
     return {key[3]: Summary(p) for key, p in sorted(points.items(), key=lambda item: item[0][3])
-            if key[:3] == (model, task, features) and key[4] == price}
+            if key[:3] == (model, task, features) and key[4] == PLAIN}
 
 
 def table(header, rows):
@@ -89,13 +97,13 @@ def peers_table(points):
         for task in TASKS:
             curve = list(select(points, "ofa", task).values())
             other = next(iter(select(points, peer, task).values()), None)
-            if not curve or not other or not row:
+            if not curve or not other:
                 row.append("")
                 continue
             periods = [s.period for s in curve]
             ours = np.interp(other.period, periods, [s.test for s in curve])
             sd = np.hypot(np.interp(other.period, periods, [s.sd for s in curve]), other.sd)
-            row += [f"{(ours - other.test) * (1 if task == 'pool' else -1):+.1f} ± {sd:.1f}"]
+            row.append(f"{(ours - other.test) * (1 if task == 'pool' else -1):+.1f} ± {sd:.1f}")
             row[0] = f"{name}, {other.period:.0f} ms"
         rows.append(row)
     return table(["peer", *TASKS.values()], rows)
@@ -108,14 +116,14 @@ def learned_table(points):
         sign = 1 if task == "pool" else -1
         if not grid:
             continue
-        best = max(grid, key=lambda lam: sign * grid[lam].test)
+        best = max(grid, key=lambda lam: sign * grid[lam].valid)  # as one would choose: test is not for choosing
         minutes = sum(s.minutes for s in grid.values())
-        for (model, of, _, start, price), runs in sorted(points.items(), key=lambda item: (item[0][4], item[0][3])):
+        for (model, of, _, start, how), runs in sorted(points.items(), key=lambda item: (item[0][4], item[0][3])):
             if (model, of) == ("adaptive", task):
                 s, lams = Summary(runs), [p["lam"] for p in runs]
-                rows.append([name, start, f"{price:g}", f"{np.mean(lams):.2f} ± {np.std(lams, ddof=1) if len(lams) > 1 else float('nan'):.2f}", f"{s.period:.0f}", s,
+                rows.append([name, start, how, f"{np.mean(lams):.2f} ± {np.std(lams, ddof=1) if len(lams) > 1 else float('nan'):.2f}", f"{s.period:.0f}", s,
                              f"{grid[best]} at {best:g}", f"{sign * (s.test - grid[best].test):+.1f}", f"{s.minutes:.1f}", f"{minutes:.1f}"])
-    return table(["task", "λ starts at", "price", "λ learned", "ms / token", "metric %", "best of the grid", "better by", "minutes", "minutes of the grid"], rows)
+    return table(["task", "λ starts at", "with", "λ learned", "ms / token", "metric %", "best of the grid (by validation)", "better by", "minutes", "minutes of the grid"], rows)
 
 
 def firing_table(rows):
@@ -136,7 +144,7 @@ def tradeoff_figure(points, path):
                     for s in select(points, peer, task).values():
                         marker = "P" if peer.startswith("average") else "X"
                         axis.errorbar(getattr(s, x), s.test, s.sd, fmt=marker, ms=8, color=COLOURS["peer"], capsize=3,
-                                      label={"none": "CIF peers, one encoder a rate", "average2": "average-pooling peers"}.get(peer))
+                                      label={"none": "no compression, or CIF at one λ", "average2": "average of 2, of 4"}.get(peer))
                 stars = list(select(points, "adaptive", task).values())
                 axis.plot([getattr(s, x) for s in stars], [s.test for s in stars], "*", ms=14, color=COLOURS["learned"], label="λ learned", zorder=5)
                 for features, label in (("logmel", "log-mel, same head"), ("random", "untrained encoder, λ = 0"), ("deaf", "deaf")):
@@ -156,14 +164,16 @@ def lambda_figure(points, path):
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots(2, len(TASKS), figsize=(14, 7), layout="constrained", sharex="col")
         for (task, name), column in zip(TASKS.items(), axes.T):
-            runs = {k: p for k, p in points.items() if k[0] == "adaptive" and k[1] == task and k[4] == 0}
-            for n, (key, seeds) in enumerate(sorted(runs.items(), key=lambda item: item[0][3])):
+            runs = {k: p for k, p in points.items() if k[:2] == ("adaptive", task) and k[4] in (PLAIN, HIDDEN)}
+            starts = sorted({k[3] for k in runs})
+            for (*_, start, how), seeds in sorted(runs.items(), key=lambda item: item[0][3:]):
+                style = {"color": COLOURS["starts"][starts.index(start) % len(COLOURS["starts"])], "linestyle": "-" if how == PLAIN else ":"}
                 for p in seeds:
-                    epochs = np.arange(1, len(p["history"]) + 1)
-                    colour = COLOURS["starts"][n % len(COLOURS["starts"])]
-                    column[0].plot([0, *epochs], [key[3], *(h["lam"] for h in p["history"])], color=colour, label=f"from λ = {key[3]:g}" if p is seeds[0] else None)
-                    column[0].plot(p["best_epoch"], p["lam"], "*", ms=12, color=colour)
-                    column[1].plot(epochs, [h["valid"] for h in p["history"]], color=colour)
+                    epochs = range(len(p["history"]) + 1)
+                    label = f"from λ = {start:g}" + ", missing tokens hidden" * (how == HIDDEN)
+                    column[0].plot(epochs, [start, *(h["lam"] for h in p["history"])], label=label if p is seeds[0] else None, **style)
+                    column[0].plot(p["best_epoch"], p["lam"], "*", ms=12, color=style["color"])
+                    column[1].plot(epochs[1:], [h["valid"] for h in p["history"]], **style)
             column[0].set(title=name, ylabel="λ", ylim=(0, None))
             column[1].set(xlabel="epochs", ylabel=f"validation {METRICS[task]} (%)", ylim=(0, 105))
             if runs:
@@ -173,7 +183,9 @@ def lambda_figure(points, path):
 
 
 def main():
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results")
+    parser = argparse.ArgumentParser(description="Make the tables and figures of results/ anew.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("folder", nargs="?", default="results", help="where the points are, and the tables and figures go")
+    folder = Path(parser.parse_args().folder)
     points = load_points(folder)
     machines = sorted({(p["machine"], p["date"]) for seeds in points.values() for p in seeds})
     text = ["# What was found", "Made by `python results.py` from the points beside it; computed on " + "; ".join(f"{m} ({d})" for m, d in machines) + "."]
@@ -182,7 +194,7 @@ def main():
     text += ["## Once-for-all against its peers", "How much better (+) or worse (−) once-for-all is than the peer, at the peer's frame period, in points of the metric.",
              peers_table(points), "## The learned λ", learned_table(points)]
     if (folder / "firing.json").exists():
-        firing = json.loads((folder / "firing.json").read_text())
+        firing = json.loads((folder / "firing.json").read_text(encoding="utf-8"))
         text += ["## Where tokens fire", f"Agreement with pseudo-boundaries on held-out speech, ± {firing['tolerance_ms']} ms (firing.py).", firing_table(firing["rows"])]
     (folder / "results.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     tradeoff_figure(points, folder / "tradeoff.png")

@@ -13,7 +13,8 @@ prompt on one side:
     pool     which of eight concepts the prompt mentions, in any of the five languages
 
 Your own: a TSV with a header row and columns `path`, `text` (ctc, seq2seq) or `label` (pool), and optionally `split` (train,
-valid, test; else drawn by a seed, 70 / 10 / 20 %). Paths are absolute or relative to the TSV.
+valid, test; else drawn at random by seed 0, 70 / 10 / 20 % of the files). Paths are absolute or relative to the TSV. Text is
+put into lower case.
 
 `python tasks.py` shows an example of each.
 """
@@ -96,19 +97,29 @@ def _tsv(kind, path, seed):
     column = "label" if kind == "pool" else "text"
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            numbered = [(reader.line_num, row) for row in reader]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error})") from None
+    rows = [row for _, row in numbered]
     missing = {"path", column} - set(rows[0] if rows else ())
     if missing:
         raise ValueError(f"{path}: " + (f"no column {', '.join(sorted(missing))} in its header" if rows else "no rows under a header"))
-    for number, row in enumerate(rows, 2):
+    for number, row in numbered:
         if not row["path"] or not (row[column] or "").strip():
             raise ValueError(f"{path}, line {number}: path or {column} is empty")
         if not (path.parent / row["path"]).is_file():
             raise ValueError(f"{path}, line {number}: no such file: {path.parent / row['path']}")
         if row.get("split", "train") not in SPLITS:
             raise ValueError(f"{path}, line {number}: split is {row['split']!r}, expected one of {', '.join(SPLITS)}")
-    splits = [row["split"] for row in rows] if "split" in rows[0] else draw_splits([row["path"] for row in rows], seed)
+    files = [str((path.parent / row["path"]).resolve()) for row in rows]
+    splits = [row["split"] for row in rows] if "split" in rows[0] else draw_splits(files, seed)
+    side = {}
+    for (number, row), file, split in zip(numbered, files, splits):
+        if side.setdefault(file, split) != split:
+            raise ValueError(f"{path}, line {number}: {row['path']} is in {split} and in {side[file]}")
     speech = from_files([(path.parent / row["path"], str(n), row["path"], row[column].strip()) for n, row in enumerate(rows)],
                         held_out=(0.1, 0.2), where=path, cut=False)
     rows_left = [int(u.id) for u in speech.utterances]            # a file that can't be used was named and left out
@@ -131,7 +142,8 @@ def make_task(kind, metric, speech, targets, splits, symbols=(), **more) -> Task
     task = Task(kind, metric, speech, targets, splits, list(symbols), **more)
     for split in SPLITS:
         if not task.indices(split):
-            raise ValueError(f"no utterance is left for {split}: at least one each is needed for {', '.join(SPLITS)}")
+            raise ValueError(f"no utterance is left for {split}: at least one each is needed for {', '.join(SPLITS)}. "
+                             "Without a column split, ten files or more are needed to draw them")
     symbols_of = lambda target: {target} if isinstance(target, str) else set(target)
     task.symbols = task.symbols or sorted(set().union(*(symbols_of(targets[i]) for i in task.indices("train"))))
     if kind == "pool":

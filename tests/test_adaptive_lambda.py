@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import adaptive_lambda
-from adaptive_lambda import LearnedLam
+from adaptive_lambda import LIMIT, LearnedLam
 from data import load
 from heard import Frames
 from ofa_encoder import PRESETS, Config, OFAEncoder, save
@@ -47,15 +47,15 @@ def test_gradient_is_the_slope_of_the_loss(encoder, folder, start):
     """Utterance by utterance, where no token is won or lost between λ - ε and λ + ε: there the loss is smooth."""
     eps, compared = 2e-3, 0
     for n in range(12):
-        learner = LearnedLam(start, encoder, Frames(load(str(folder)).few(12), encoder, "cpu"), freeze=0)
+        learner = LearnedLam(start, encoder, Frames(load(str(folder)).few(12), encoder, "cpu"), freeze=0, price=1.0)
         def loss(lam):
             with torch.no_grad():
-                learner.raw.copy_(torch.logit(torch.tensor(lam / 2)))
+                learner.raw.copy_(torch.logit(torch.tensor(lam / LIMIT)))
             hidden, lengths = learner([n])
-            return (hidden[:, -1].mean(2) ** 2).sum() + learner.mean_weight, lengths.item()
+            return (hidden[:, -1].mean(2) ** 2).sum() + learner.cost, lengths.item()
         value, tokens = loss(start)
         value.backward()
-        slope = learner.raw.grad.item() / (start * (1 - start / 2))   # dλ/dr = 2 σ (1 - σ)
+        slope = learner.raw.grad.item() / (start * (1 - start / LIMIT))  # dλ/dr = LIMIT σ (1 - σ)
         (up, fewer), (down, more) = loss(start + eps), loss(start - eps)
         if tokens == fewer == more:
             assert slope == pytest.approx((up - down).item() / (2 * eps), rel=0.05, abs=0.05)
@@ -70,12 +70,26 @@ def test_lam_rests_while_frozen_then_moves(encoder, folder):
     assert [name for name, _ in learner.named_parameters()] == ["raw"]
 
 
+def test_missing_tokens_are_charged(encoder, folder):
+    """By hand: with twice as many tokens needed as α′ adds up to, half are missing, and a step down the gradient lowers λ."""
+    frames = Frames(load(str(folder)).few(2), encoder, "cpu")
+    tokens = LearnedLam(1.2, encoder, frames, freeze=0)([0, 1])[1].tolist()
+    for needed, expected in (([2 * n for n in tokens], 0.5), ([n - 2 for n in tokens], 0.0), ([2 * tokens[0], tokens[1] - 2], 0.25)):
+        learner = LearnedLam(1.2, encoder, frames, freeze=0, needed=needed, guess=3.0)
+        learner([0, 1])
+        assert learner.cost.item() == pytest.approx(3.0 * expected, abs=0.08)
+        if expected:
+            learner.cost.backward()
+            assert learner.raw.grad > 0
+
+
 def test_a_price_buys_longer_tokens(run):
     free, priced = run("--lam", "0.5"), run("--lam", "0.5", "--price", "30")
     (free,), (priced,) = free.values(), [p for name, p in priced.items() if "price30" in name]
     assert priced["history"][-1]["lam"] > free["history"][-1]["lam"] + 0.05
     assert all(0 < h["lam"] < 2 for h in priced["history"]) and priced["history"][-1]["period_ms"] > priced["history"][0]["period_ms"]
-    assert priced["config"]["start"] == 0.5 and priced["lam"] == pytest.approx(priced["history"][priced["best_epoch"] - 1]["lam"])
+    assert priced["config"]["start"] == 0.5 and priced["lam"] == pytest.approx(priced["history"][-1]["lam"])
+    assert free["lam"] == pytest.approx(free["history"][free["best_epoch"] - 1]["lam"])
 
 
 def test_points_are_kept_and_their_command_computes_them_again(run, monkeypatch, capsys):
@@ -90,10 +104,11 @@ def test_points_are_kept_and_their_command_computes_them_again(run, monkeypatch,
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--lam", "0"], "--lam 0 is the end of the scale"),
+    (["--lam", "0"], "can't start from an end of the scale"),
     (["--lam", "2"], "λ is 2"),
     (["--features", "logmel"], "frozen, pre-trained encoder"),
     (["--price", "-1"], "--price is -1.0"),
+    (["--freeze", "400", "--epochs", "2"], "would rest for all of the 4 steps"),
     (["--checkpoint", "fixed.pt"], "one fixed rate (average2)"),
     (["--checkpoint", "nowhere.pt"], "no checkpoint at nowhere.pt"),
 ])

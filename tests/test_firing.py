@@ -33,6 +33,7 @@ def test_scores_by_hand():
     s = scores(3, 6, 4)  # half of the fires are right, three of four boundaries are found, so OS = 0.5
     assert (s["precision"], s["recall"], s["f1"]) == (0.5, 0.75, 0.6)
     assert s["r_value"] == pytest.approx(1 - (np.sqrt(0.25**2 + 0.5**2) + 0.75 / np.sqrt(2)) / 2)
+    assert scores(0, 10, 10)["r_value"] == pytest.approx(1 - (1 + 1 / np.sqrt(2)) / 2)
     assert scores(0, 5, 4)["f1"] == 0 and scores(0, 0, 4)["precision"] == 0
 
 

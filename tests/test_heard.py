@@ -46,6 +46,6 @@ def test_baselines(asterisk, encoder):
 
 
 def test_live_trains_the_encoder(asterisk, encoder):
-    hidden, lengths = Live(asterisk.few(2), encoder, 0.5, "cpu")([0, 1])
+    hidden, lengths = Live(asterisk.few(2), encoder, 0.5, "cpu", lr=0.1)([0, 1])
     hidden.square().sum().backward()
     assert all(p.grad is not None for p in encoder.feature_extractor.parameters()) and lengths.shape == (2,)

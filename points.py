@@ -1,0 +1,69 @@
+"""A point: what one head reached at one λ with one seed, as a JSON file.
+
+    config    all that the result depends on: flags, λ, seed, and hashes of the checkpoint and of a TSV
+    command   computes it again
+    metric, test, valid, history, …     what finetune.train returns
+    frame_period_ms, tokens, transformer_gflops_per_s, cnn_s, encode_s, train_s     what it cost
+    commit, machine, date
+
+A point that is there is not computed again, so that a sweep goes on where it was stopped.
+"""
+
+import json
+import platform
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    """Names of what differs between two configurations. A checkpoint is known by its hash, wherever it lies."""
+    return sorted(k for k in {*a, *b} - {"checkpoint"} if a.get(k) != b.get(k))
+
+
+def is_there(path, config) -> bool:
+    """Whether the point has been computed. Raises ValueError if the file holds one of another configuration."""
+    if not path.exists():
+        return False
+    differ = differing(read_point(path)["config"], config)
+    if differ:
+        raise ValueError(f"{path} is of another configuration ({', '.join(differ)} differ): choose another --out")
+    print(f"{path} is there")
+    return True
+
+
+def read_point(path) -> dict:
+    try:
+        point = json.loads(path.read_text(encoding="utf-8"))
+        return point if {"config", "metric", "test"} <= point.keys() else {}["config"]
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{path} is no point of finetune.py or adaptive_lambda.py, or it is damaged: delete it") from None
+
+
+def save_point(path, point):
+    """Write the point, with the commit, machine and date that made it, in one go."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    point = {**point, "commit": git.stdout.strip(), "machine": machine, "date": time.strftime("%Y-%m-%d")}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(point, indent=1, ensure_ascii=False), encoding="utf-8")
+    partial.replace(path)
+
+
+def command(script, parser, args, lam, seed) -> str:
+    """The command that computes a point again."""
+    values = {**vars(args), "lam": [lam], "seed": seed, "seeds": 1, "out": "runs/again"}
+    words = [script]
+    for name, value in values.items():
+        if value != parser.get_default(name):
+            words += [f"--{name.replace('_', '-')}", *map(str, [] if value is True else value if isinstance(value, list) else [value])]
+    return "python " + shlex.join(words)
+
+
+def cost_of(heard, frames) -> dict:
+    """Of a Heard and its Frames (None: without an encoder)."""
+    return {"frame_period_ms": heard.period_ms, "tokens": heard.tokens, "transformer_gflops_per_s": heard.gflops,
+            "cnn_s": frames.seconds if frames else 0.0, "encode_s": heard.seconds}
