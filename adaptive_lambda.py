@@ -49,7 +49,7 @@ class LearnedLam(Learner):
 
     def __init__(self, start, encoder, frames: Frames, lr=0.02, freeze=0, jitter=0.0, price=0.0, needed=None, guess=0.0):
         super().__init__()
-        self.price, self.guess, self.jitter, self.left, self.keep_last = price, guess, freeze, price > 0
+        self.price, self.guess, self.jitter, self.left, self.keep_last = price, guess, jitter, freeze, price > 0
         self.needed = None if needed is None else torch.tensor(needed, device=frames.device)
         self.raw = nn.Parameter(torch.logit(torch.tensor(start / LIMIT, device=frames.device)))
         self.groups = [{"params": [self.raw], "lr": lr, "min_lr": lr / 10, "weight_decay": 0.0}]

@@ -65,17 +65,17 @@ def arguments(description="Train a head on the encoder at each λ and seed.", la
     add("--lr", type=float, default=2e-3, help="of the head; halved after a third of the patience")
     add("--encoder-lr", type=float, default=1e-4, help="of the encoder, with --unfreeze")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="in training: see pretrain.py")
-    add("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where it runs")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the best there is")
     add("--out", default="runs/finetune", help="folder for the points")
     return parser
 
 
 def check(args):
-    """Refuse values that can't be; the default of --data depends on the task."""
+    """Refuse values that can't be; settle the data, whose default depends on the task, and the device."""
     args.data = args.data or (args.root if args.task in SUPERB else "asterisk")
     for lam in args.lam:
         check_lam(lam)
-    pick_device(args.device)
+    args.device = pick_device(args.device).type
     if args.features in ("logmel", "deaf") and any(args.lam):
         raise ValueError(f"--lam is for the encoder; --features {args.features} has no λ")
     if args.features in ("encoder", "random") and not args.checkpoint:

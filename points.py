@@ -58,7 +58,7 @@ def command(script, parser, args, lam, seed) -> str:
     values = {**vars(args), "lam": [lam], "seed": seed, "seeds": 1, "out": "runs/again"}
     words = [script]
     for name, value in values.items():
-        if value != parser.get_default(name):
+        if value != parser.get_default(name) and name != "device":
             words += [f"--{name.replace('_', '-')}", *map(str, [] if value is True else value if isinstance(value, list) else [value])]
     return "python " + shlex.join(words)
 
