@@ -1,13 +1,15 @@
 # make demo     pre-train a once-for-all encoder on two CPU cores: table, figure, checkpoint in runs/demo
 # make test     all tests
-# make results  tables and figures of results/, from the points there (seconds)
-# make sweep    compute the points that results/ lacks (all of them: some five hours on two cores; -j2 uses both)
+# make results  tables and figures of results/, from the points there (a minute)
+# make sweep    pre-train the peers and compute all points anew, into runs/results (some five hours on two cores; -j2 uses both);
+#               a stopped sweep goes on with the same command; RESULTS=FOLDER takes another folder, here and for make results
 # All make .venv from requirements.txt (once, and again when that changes) and fetch the embedded corpus (once, 50 MB).
 
 PYTHON ?= python3
 PEERS = none average2 average4 lam0.51 lam0.78 lam1.04
 TASKS = pool ctc seq2seq
 FINETUNE = OMP_NUM_THREADS=1 .venv/bin/python finetune.py --seeds 3
+RESULTS = results
 OFA = --checkpoint checkpoints/ofa-tiny.pt
 
 demo: data/asterisk.pt
@@ -18,26 +20,27 @@ test: data/asterisk.pt
 	.venv/bin/python -m pytest
 
 results: data/asterisk.pt
-	.venv/bin/python firing.py
-	.venv/bin/python results.py
+	.venv/bin/python firing.py checkpoints/ofa-tiny.pt $(RESULTS)/firing.json
+	.venv/bin/python results.py $(RESULTS)
 
+sweep: RESULTS = runs/results
 sweep: points-ofa $(PEERS:%=points-%) points-baselines points-adaptive
-	$(MAKE) results
+	$(MAKE) results RESULTS=$(RESULTS)
 
 points-ofa: data/asterisk.pt
-	for task in $(TASKS); do $(FINETUNE) $(OFA) --task $$task --lam 0 0.51 0.78 1.04 1.53 --out results/ofa || exit 1; done
+	for task in $(TASKS); do $(FINETUNE) $(OFA) --task $$task --lam 0 0.51 0.78 1.04 1.53 --out $(RESULTS)/ofa || exit 1; done
 
 points-baselines: data/asterisk.pt
-	for task in $(TASKS); do $(FINETUNE) --features logmel --task $$task --out results/baselines || exit 1; done
-	for task in $(TASKS); do $(FINETUNE) --features random $(OFA) --task $$task --out results/baselines || exit 1; done
-	$(FINETUNE) --features deaf --task seq2seq --out results/baselines
+	for task in $(TASKS); do $(FINETUNE) --features logmel --task $$task --out $(RESULTS)/baselines || exit 1; done
+	for task in $(TASKS); do $(FINETUNE) --features random $(OFA) --task $$task --out $(RESULTS)/baselines || exit 1; done
+	$(FINETUNE) --features deaf --task seq2seq --out $(RESULTS)/baselines
 
 points-adaptive: data/asterisk.pt
-	for task in $(TASKS); do OMP_NUM_THREADS=1 .venv/bin/python adaptive_lambda.py --seeds 3 $(OFA) --task $$task --out results/adaptive || exit 1; done
+	for task in $(TASKS); do OMP_NUM_THREADS=1 .venv/bin/python adaptive_lambda.py --seeds 3 $(OFA) --task $$task --out $(RESULTS)/adaptive || exit 1; done
 
 # A peer is named by its compression, or by its λ.
 points-%: runs/%/encoder.pt
-	for task in $(TASKS); do $(FINETUNE) --checkpoint $< --task $$task --lam $(if $(filter lam%,$*),$(*:lam%=%),0) --out results/$* || exit 1; done
+	for task in $(TASKS); do $(FINETUNE) --checkpoint $< --task $$task --lam $(if $(filter lam%,$*),$(*:lam%=%),0) --out $(RESULTS)/$* || exit 1; done
 
 runs/%/encoder.pt: | data/asterisk.pt
 	OMP_NUM_THREADS=1 .venv/bin/python pretrain.py --steps 3000 --resume $(if $(filter lam%,$*),--lam $(*:lam%=%),--compression $*) --out runs/$*

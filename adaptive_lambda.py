@@ -1,26 +1,31 @@
 """λ as a parameter of the task: learned by gradient with the head, instead of searched for on a grid.
 
     λ = 1.99 σ(r)      r is the parameter, so that 0 < λ < 2 whatever the optimiser does
-    loss(head, λ) + price · mean α′ + missing
+    loss = head's loss at λ + jitter · u,  u uniform in [-1, 1] at each step
+         + price · mean α′
+         + missing
 
 The encoder is frozen, yet λ's gradient passes through it: loss → hidden states → tokens → widths of CIF's pieces → α′ → λ.
-Where α′ moves a token's end, frames change hands between neighbours, and the loss says whether that was for the better. Two
-things the gradient does not see: the *number* of tokens, which changes by jumps, and how the head would fare had it been
-trained at another λ from the start. A price is paid for tokens: mean α′ is tokens per frame: at λ = 0, where it is 1, `price` is added to the loss,
-at λ = 1 about 0.23 of it. With a price the last epoch is kept, not the one with the best validation score, which knows no price.
+Where α′ moves a token's end, frames change hands between neighbours, and the loss says whether that was for the better.
 
-`missing` is for CTC. An utterance with fewer tokens than its text needs has an infinite loss, which is usually replaced by 0
+**jitter.** A head that has only ever heard one λ is at its best there; on either side its loss rises, and λ is stuck. So each step
+is taken at a λ drawn around the learned one, as in pre-training: the head learns a stretch of the scale, and the gradient, on
+average, is the slope along it. Validation and test are at λ itself.
+
+**missing**, for CTC. An utterance with fewer tokens than its text needs has an infinite loss, which is usually replaced by 0
 (zero_infinity): as λ grows, the hardest utterances fall silent, the loss falls, and λ has no reason to come back. In its place
 each missing token is charged what guessing its symbol would cost; Σ α′ stands for the number of tokens:
 
     missing = mean over utterances of  ln(symbols + 1) · relu(n - Σ α′) / n,   n = what CTC must emit
 
---hide-missing leaves it out, to see what happens then. λ has its own learning rate, which falls to a tenth at the most, and no
-weight decay. For the first steps it stays where it starts (--freeze): a head that knows nothing yet, above all CTC's that emits
-only blanks, gives it a gradient of noise.
+**price.** Mean α′ is tokens per frame: at λ = 0, where it is 1, the price is added to the loss, at λ = 1 about 0.23 of it. With a
+price the last epoch is kept, not the one with the best validation score, which knows no price.
 
-Source: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models", ICASSP 2023, adaptive
-compressing rate learning. Tasks, heads, stopping and points are finetune.py's.
+**freeze.** For the first steps λ stays where it starts: a head that knows nothing yet, above all CTC's that emits only blanks,
+gives it a gradient of noise. λ has its own learning rate, which falls to a tenth at the most, and no weight decay.
+
+Source: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models", ICASSP 2023, learn λ with the
+task; jitter, missing and price are ours. Tasks, heads, stopping and points are finetune.py's.
 
     python adaptive_lambda.py --checkpoint checkpoints/ofa-tiny.pt --task ctc --lam 0.1 0.6 1.2 --seeds 3 --out runs/adaptive
 """
@@ -38,7 +43,6 @@ from heads import emissions
 from heard import Frames, Heard, Learner
 from ofa_encoder import FRAME_MS
 from points import command, cost_of, is_there, save_point
-
 
 LIMIT = 1.99  # at 2, α′ is 0 and nothing fires
 
@@ -90,8 +94,8 @@ def main():
     parser = arguments("Learn λ with a head, on the frozen encoder.", lam="each λ to start from")
     parser.set_defaults(lam=[0.1, 0.6, 1.2])
     parser.add_argument("--lam-lr", type=float, default=0.02, help="learning rate of r, where λ = 1.99 σ(r)")
-    parser.add_argument("--freeze", type=int, default=400, help="steps for which λ rests where it starts")
-    parser.add_argument("--jitter", type=float, default=0.0, help="largest distance of a step's λ from the learned one")
+    parser.add_argument("--freeze", type=int, default=200, help="steps for which λ rests where it starts")
+    parser.add_argument("--jitter", type=float, default=0.15, help="largest distance of a step's λ from the learned one; 0: none")
     parser.add_argument("--price", type=float, default=0.0, help="added to the loss, times tokens per frame")
     parser.add_argument("--hide-missing", action="store_true", help="do not charge CTC's missing tokens: utterances that are too short cost nothing")
     args = parser.parse_args()
@@ -110,7 +114,7 @@ def main():
     if encoder.config.compression != "cif":
         raise ValueError(f"{args.checkpoint} has one fixed rate ({encoder.config.compression}): there is no λ to learn")
     needed = None if args.hide_missing or task.kind != "ctc" else [emissions(t) / args.slots for t in task.targets]
-    frames, name = None, f"{args.task}-price{args.price:g}" + "-hidden" * args.hide_missing
+    frames, name = None, f"{args.task}-price{args.price:g}-jitter{args.jitter:g}" + "-hidden" * args.hide_missing
     for start in args.lam:
         for seed in range(args.seed, args.seed + args.seeds):
             path = Path(args.out) / f"{name}-from{start:g}-seed{seed}.json"

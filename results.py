@@ -23,7 +23,8 @@ import numpy as np
 from figures import COLOURS, STYLE
 from points import differing, read_point
 
-PLAIN, HIDDEN = "price 0", "price 0, missing tokens hidden"  # how λ was learned
+PLAIN = "defaults"  # how λ was learned
+VARIANTS = {PLAIN: "-", "no jitter": "--", "no jitter, missing tokens hidden": ":"}  # those drawn, and their lines
 METRICS = {"ctc": "CER", "seq2seq": "WER", "pool": "mAP"}
 TASKS = {"ctc": "characters (CTC)", "seq2seq": "translation (seq2seq)", "pool": "concepts (pooling)"}
 PEERS = {"none": "no compression", "average2": "average of 2", "average4": "average of 4", "lam0.51": "CIF at λ = 0.51",
@@ -36,7 +37,8 @@ def load_points(folder):
     for path in sorted(folder.glob("*/*.json")):
         point = read_point(path)
         config = point["config"]
-        how = f"price {config.get('price', 0):g}" + ", missing tokens hidden" * config.get("hide_missing", False)
+        how = ["no jitter"] * (config.get("jitter") == 0) + ["missing tokens hidden"] * config.get("hide_missing", False)
+        how = ", ".join(how + ([f"price {config['price']:g}"] if config.get("price") else [])) or PLAIN
         key = (path.parent.name, config["task"], config["features"], config.get("lam", config.get("start")), how)
         points.setdefault(key, []).append(point)
         differ = set(differing(config, points[key][0]["config"])) - {"seed"}
@@ -164,13 +166,13 @@ def lambda_figure(points, path):
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots(2, len(TASKS), figsize=(14, 7), layout="constrained", sharex="col")
         for (task, name), column in zip(TASKS.items(), axes.T):
-            runs = {k: p for k, p in points.items() if k[:2] == ("adaptive", task) and k[4] in (PLAIN, HIDDEN)}
+            runs = {k: p for k, p in points.items() if k[:2] == ("adaptive", task) and k[4] in VARIANTS}
             starts = sorted({k[3] for k in runs})
             for (*_, start, how), seeds in sorted(runs.items(), key=lambda item: item[0][3:]):
-                style = {"color": COLOURS["starts"][starts.index(start) % len(COLOURS["starts"])], "linestyle": "-" if how == PLAIN else ":"}
+                style = {"color": COLOURS["starts"][starts.index(start) % len(COLOURS["starts"])], "linestyle": VARIANTS[how]}
                 for p in seeds:
                     epochs = range(len(p["history"]) + 1)
-                    label = f"from λ = {start:g}" + ", missing tokens hidden" * (how == HIDDEN)
+                    label = f"from λ = {start:g}" + f", {how}" * (how != PLAIN)
                     column[0].plot(epochs, [start, *(h["lam"] for h in p["history"])], label=label if p is seeds[0] else None, **style)
                     column[0].plot(p["best_epoch"], p["lam"], "*", ms=12, color=style["color"])
                     column[1].plot(epochs[1:], [h["valid"] for h in p["history"]], **style)

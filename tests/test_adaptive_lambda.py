@@ -70,6 +70,16 @@ def test_lam_rests_while_frozen_then_moves(encoder, folder):
     assert [name for name, _ in learner.named_parameters()] == ["raw"]
 
 
+def test_steps_are_taken_around_lam_and_validation_at_it(encoder, folder):
+    frames = Frames(load(str(folder)).few(4), encoder, "cpu")
+    learner = LearnedLam(0.5, encoder, frames, jitter=0.3)
+    fixed = LearnedLam(0.5, encoder, frames)([0, 1, 2, 3])[1].tolist()
+    torch.manual_seed(0)
+    tokens = [sum(learner([0, 1, 2, 3])[1].tolist()) for _ in range(8)]
+    assert min(tokens) < sum(fixed) - 5 and max(tokens) > sum(fixed) + 5
+    assert learner.eval()([0, 1, 2, 3])[1].tolist() == fixed
+
+
 def test_missing_tokens_are_charged(encoder, folder):
     """By hand: with twice as many tokens needed as α′ adds up to, half are missing, and a step down the gradient lowers λ."""
     frames = Frames(load(str(folder)).few(2), encoder, "cpu")
@@ -99,7 +109,7 @@ def test_points_are_kept_and_their_command_computes_them_again(run, monkeypatch,
     script, *flags = point["command"].split()[1:]
     monkeypatch.setattr(sys, "argv", [script, *flags])
     adaptive_lambda.main()
-    again = json.loads(Path("runs/again/pool-price0-from1.1-seed3.json").read_text())
+    again = json.loads(Path("runs/again/pool-price0-jitter0.15-from1.1-seed3.json").read_text())
     assert (again["test"], again["lam"], again["history"]) == (point["test"], point["lam"], point["history"])
 
 
