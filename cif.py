@@ -19,7 +19,7 @@ The tail, what is left after the last full token, fires once more if its mass re
 and is then scaled up to β; a smaller tail is dropped.
 
 Source: Dong and Xu, "CIF: Continuous Integrate-and-Fire for end-to-end speech recognition", ICASSP 2020,
-Algorithm 1. What this file does not do: predict α (see ofa_encoder.py), or stream in chunks.
+Algorithm 1. What this file does not do: predict α (ofa_encoder.py), or stream in chunks (streaming.py).
 
 This file needs torch and nothing else: copy it. `python cif.py` prints an example to check by hand.
 """
