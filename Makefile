@@ -1,8 +1,9 @@
-# make demo     pre-train a once-for-all encoder on two CPU cores: table, figure, checkpoint in runs/demo
-# make test     all tests
-# make results  tables and figures of results/, from the points there (a minute)
-# make sweep    pre-train the peers and compute all points anew, into runs/results (some five hours on two cores; -j2 uses both);
-#               a stopped sweep goes on with the same command; RESULTS=FOLDER takes another folder, here and for make results
+# make demo       pre-train a once-for-all encoder on two CPU cores: table, figure, checkpoint in runs/demo
+# make test       all tests
+# make notebooks  execute the notebooks and keep what they print and draw
+# make results    tables and figures of results/, from the points there (a minute)
+# make sweep      pre-train the peers and compute all points anew, into runs/results (some five hours on two cores; -j2 uses both);
+#                 a stopped sweep goes on with the same command; RESULTS=FOLDER takes another folder, here and for make results
 # All make .venv from requirements.txt (once, and again when that changes) and fetch the embedded corpus (once, 50 MB).
 
 PYTHON ?= python3
@@ -18,6 +19,9 @@ demo: data/asterisk.pt
 
 test: data/asterisk.pt
 	.venv/bin/python -m pytest
+
+notebooks: data/asterisk.pt
+	.venv/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 results: data/asterisk.pt
 	.venv/bin/python firing.py checkpoints/ofa-tiny.pt $(RESULTS)/firing.json
@@ -58,5 +62,5 @@ data/asterisk.pt: | .venv/installed
 clean:
 	rm -rf .pytest_cache .hypothesis __pycache__ */__pycache__
 
-.PHONY: demo test results sweep clean
+.PHONY: demo test notebooks results sweep clean
 .SECONDARY:
