@@ -97,12 +97,12 @@ def peers_table(points):
     for peer, name in PEERS.items():
         row = [name]
         for task in TASKS:
-            curve = list(select(points, "ofa", task).values())
-            other = next(iter(select(points, peer, task).values()), None)
-            if not curve or not other:
+            curve = [s for s in select(points, "ofa", task).values() if s.n > 1]
+            other = next((s for s in select(points, peer, task).values() if s.n > 1), None)
+            periods = [s.period for s in curve]
+            if not curve or not other or not periods[0] - 1 < other.period < periods[-1] + 1:  # outside of the curve
                 row.append("")
                 continue
-            periods = [s.period for s in curve]
             ours = np.interp(other.period, periods, [s.test for s in curve])
             sd = np.hypot(np.interp(other.period, periods, [s.sd for s in curve]), other.sd)
             row.append(f"{(ours - other.test) * (1 if task == 'pool' else -1):+.1f} ± {sd:.1f}")
