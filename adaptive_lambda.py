@@ -18,11 +18,13 @@ each missing token is charged what guessing its symbol would cost; Σ α′ stan
 
     missing = mean over utterances of  ln(symbols + 1) · relu(n - Σ α′) / n,   n = what CTC must emit
 
-**price.** Mean α′ is tokens per frame: at λ = 0, where it is 1, the price is added to the loss, at λ = 1 about 0.23 of it. With a
-price the last epoch is kept, not the one with the best validation score, which knows no price.
+**price.** Mean α′ is tokens per frame: at λ = 0, where it is 1, the price is added to the loss, at λ = 1 about 0.23 of it.
 
 **freeze.** For the first steps λ stays where it starts: a head that knows nothing yet, above all CTC's that emits only blanks,
 gives it a gradient of noise. λ has its own learning rate, which falls to a tenth at the most, and no weight decay.
+
+After --lam-epochs λ is settled. The head that came along was disturbed by the jitter and by λ's way, so a new one is trained at the
+learned λ as finetune.py does it, and scored: the same protocol as for every point of the grid.
 
 Source: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models", ICASSP 2023, learn λ with the
 task; jitter, missing and price are ours. Tasks, heads, stopping and points are finetune.py's.
@@ -30,6 +32,7 @@ task; jitter, missing and price are ours. Tasks, heads, stopping and points are 
     python adaptive_lambda.py --checkpoint checkpoints/ofa-tiny.pt --task ctc --lam 0.1 0.6 1.2 --seeds 3 --out runs/adaptive
 """
 
+import argparse
 import math
 import sys
 import time
@@ -48,12 +51,14 @@ LIMIT = 1.99  # at 2, α′ is 0 and nothing fires
 
 
 class LearnedLam(Learner):
-    """freeze: steps for which λ rests; jitter: how far a step's λ may lie from the learned one; needed: tokens that each utterance needs, where that matters; guess: the cost of one that is
+    """λ, and what is heard at it. freeze: steps for which λ rests; jitter: how far a step's λ may lie from the learned one; needed: tokens that each utterance needs, where that matters; guess: the cost of one that is
     missing."""
+
+    keep_last = True
 
     def __init__(self, start, encoder, frames: Frames, lr=0.02, freeze=0, jitter=0.0, price=0.0, needed=None, guess=0.0):
         super().__init__()
-        self.price, self.guess, self.jitter, self.left, self.keep_last = price, guess, jitter, freeze, price > 0
+        self.price, self.guess, self.jitter, self.left = price, guess, jitter, freeze
         self.needed = None if needed is None else torch.tensor(needed, device=frames.device)
         self.raw = nn.Parameter(torch.logit(torch.tensor(start / LIMIT, device=frames.device)))
         self.groups = [{"params": [self.raw], "lr": lr, "min_lr": lr / 10, "weight_decay": 0.0}]
@@ -63,10 +68,6 @@ class LearnedLam(Learner):
     @property
     def lam(self):
         return LIMIT * self.raw.sigmoid()
-
-    @property
-    def ready(self):
-        return self.left <= 0
 
     def forward(self, indices):
         lam = self.lam
@@ -93,6 +94,7 @@ class LearnedLam(Learner):
 def main():
     parser = arguments("Learn λ with a head, on the frozen encoder.", lam="each λ to start from")
     parser.set_defaults(lam=[0.1, 0.6, 1.2])
+    parser.add_argument("--lam-epochs", type=int, default=25, help="epochs for which λ is learned, with a head that is then thrown away")
     parser.add_argument("--lam-lr", type=float, default=0.02, help="learning rate of r, where λ = 1.99 σ(r)")
     parser.add_argument("--freeze", type=int, default=200, help="steps for which λ rests where it starts")
     parser.add_argument("--jitter", type=float, default=0.15, help="largest distance of a step's λ from the learned one; 0: none")
@@ -108,9 +110,9 @@ def main():
         if not 0 <= getattr(args, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more")
     encoder, task, config = prepare(args)
-    steps = args.epochs * -(-len(task.indices("train")) // args.batch)
+    steps = args.lam_epochs * -(-len(task.indices("train")) // args.batch)
     if args.freeze >= steps:
-        raise ValueError(f"--freeze {args.freeze}: λ would rest for all of the {steps} steps in {args.epochs} epochs")
+        raise ValueError(f"--freeze {args.freeze}: λ would rest for all of the {steps} steps in {args.lam_epochs} epochs")
     if encoder.config.compression != "cif":
         raise ValueError(f"{args.checkpoint} has one fixed rate ({encoder.config.compression}): there is no λ to learn")
     needed = None if args.hide_missing or task.kind != "ctc" else [emissions(t) / args.slots for t in task.targets]
@@ -123,14 +125,16 @@ def main():
             frames = frames or Frames(task.speech, encoder, args.device, args.keep == "memory")
             began = time.time()
             learner = LearnedLam(start, encoder, frames, args.lam_lr, args.freeze, args.jitter, args.price, needed, math.log(len(task.symbols) + 1))
-            point = train(args, task, learner, seed)
-            took, lam = time.time() - began, learner.lam.item()
+            search = train(argparse.Namespace(**{**vars(args), "epochs": args.lam_epochs, "patience": args.lam_epochs}), task, learner, seed)
+            searched, lam = time.time() - began, learner.lam.item()
             heard = Heard(task.speech, args.features, encoder, lam, args.device, frames, args.keep == "memory")
+            point = train(args, task, heard, seed)
+            took = time.time() - began
             save_point(path, {"config": {**config, "start": start, "seed": seed},
                               "command": command("adaptive_lambda.py", parser, args, start, seed), "metric": task.metric, "lam": lam,
-                              **point, **cost_of(heard, frames), "train_s": took})
+                              **point, "search": search["history"], "search_s": searched, **cost_of(heard, frames), "train_s": took})
             print(f"λ = {start:g} -> {lam:.3f} ({heard.period_ms:.1f} ms), seed {seed}: test {task.metric} {point['test']:.1f} % "
-                  f"after {point['epochs']} epochs, {took:.0f} s")
+                  f"after {point['epochs']} epochs, {took:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -188,9 +188,7 @@ def train(args, task: Task, heard: Heard | Learner, seed) -> dict:
         stale += 1
         if valid_loss < lowest:
             lowest, stale = valid_loss, 0
-        if not learner.ready:
-            stale = 0
-        elif best is None or better(valid, best):
+        if best is None or better(valid, best):
             best, stale, kept = valid, 0, (copy.deepcopy(trained.state_dict()), epoch)
         bar.set_postfix_str(f"valid {task.metric} {valid:.1f} %, best {best or valid:.1f} %, loss {valid_loss:.3f}")
         if stale >= args.patience:

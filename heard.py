@@ -85,7 +85,6 @@ class Learner(nn.Module):
 
     groups = ()          # its parameters, as groups for the optimiser
     cost = 0.0           # of the last batch, added to the head's loss
-    ready = True         # whether an epoch may be kept as the best one yet
     keep_last = False    # keep the last epoch, instead of the one with the best validation score
 
     def watch(self) -> dict:

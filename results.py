@@ -171,11 +171,11 @@ def lambda_figure(points, path):
             for (*_, start, how), seeds in sorted(runs.items(), key=lambda item: item[0][3:]):
                 style = {"color": COLOURS["starts"][starts.index(start) % len(COLOURS["starts"])], "linestyle": VARIANTS[how]}
                 for p in seeds:
-                    epochs = range(len(p["history"]) + 1)
+                    epochs = range(len(p["search"]) + 1)
                     label = f"from λ = {start:g}" + f", {how}" * (how != PLAIN)
-                    column[0].plot(epochs, [start, *(h["lam"] for h in p["history"])], label=label if p is seeds[0] else None, **style)
-                    column[0].plot(p["best_epoch"], p["lam"], "*", ms=12, color=style["color"])
-                    column[1].plot(epochs[1:], [h["valid"] for h in p["history"]], **style)
+                    column[0].plot(epochs, [start, *(h["lam"] for h in p["search"])], label=label if p is seeds[0] else None, **style)
+                    column[0].plot(epochs[-1], p["lam"], "*", ms=12, color=style["color"])
+                    column[1].plot(epochs[1:], [h["valid"] for h in p["search"]], **style)
             column[0].set(title=name, ylabel="λ", ylim=(0, None))
             column[1].set(xlabel="epochs", ylabel=f"validation {METRICS[task]} (%)", ylim=(0, 105))
             if runs:

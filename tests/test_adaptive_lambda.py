@@ -36,7 +36,7 @@ def run(spoken, tmp_path, monkeypatch):
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["adaptive_lambda.py", "--checkpoint", str(REPO / "checkpoints/ofa-tiny.pt"), "--task", "pool", "--data", str(spoken),
-                                          "--epochs", "6", "--freeze", "0", "--out", "out", *flags])
+                                          "--lam-epochs", "6", "--epochs", "2", "--freeze", "0", "--out", "out", *flags])
         adaptive_lambda.main()
         return {p.name: json.loads(p.read_text()) for p in Path("out").glob("*.json")}
     return run
@@ -96,10 +96,10 @@ def test_missing_tokens_are_charged(encoder, folder):
 def test_a_price_buys_longer_tokens(run):
     free, priced = run("--lam", "0.5"), run("--lam", "0.5", "--price", "30")
     (free,), (priced,) = free.values(), [p for name, p in priced.items() if "price30" in name]
-    assert priced["history"][-1]["lam"] > free["history"][-1]["lam"] + 0.05
-    assert all(0 < h["lam"] < 2 for h in priced["history"]) and priced["history"][-1]["period_ms"] > priced["history"][0]["period_ms"]
-    assert priced["config"]["start"] == 0.5 and priced["lam"] == pytest.approx(priced["history"][-1]["lam"])
-    assert free["lam"] == pytest.approx(free["history"][free["best_epoch"] - 1]["lam"])
+    assert priced["search"][-1]["lam"] > free["search"][-1]["lam"] + 0.05
+    assert all(0 < h["lam"] < 2 for h in priced["search"]) and priced["search"][-1]["period_ms"] > priced["search"][0]["period_ms"]
+    assert priced["lam"] == pytest.approx(priced["search"][-1]["lam"]) and priced["frame_period_ms"] > free["frame_period_ms"]
+    assert priced["config"]["start"] == 0.5 and len(priced["search"]) == 6 and len(priced["history"]) == priced["epochs"] == 2
 
 
 def test_points_are_kept_and_their_command_computes_them_again(run, monkeypatch, capsys):
@@ -110,7 +110,7 @@ def test_points_are_kept_and_their_command_computes_them_again(run, monkeypatch,
     monkeypatch.setattr(sys, "argv", [script, *flags])
     adaptive_lambda.main()
     again = json.loads(Path("runs/again/pool-price0-jitter0.15-from1.1-seed3.json").read_text())
-    assert (again["test"], again["lam"], again["history"]) == (point["test"], point["lam"], point["history"])
+    assert (again["test"], again["lam"], again["search"], again["history"]) == (point["test"], point["lam"], point["search"], point["history"])
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -118,7 +118,7 @@ def test_points_are_kept_and_their_command_computes_them_again(run, monkeypatch,
     (["--lam", "2"], "λ is 2"),
     (["--features", "logmel"], "frozen, pre-trained encoder"),
     (["--price", "-1"], "--price is -1.0"),
-    (["--freeze", "400", "--epochs", "2"], "would rest for all of the 4 steps"),
+    (["--freeze", "400", "--lam-epochs", "2"], "would rest for all of the 4 steps"),
     (["--checkpoint", "fixed.pt"], "one fixed rate (average2)"),
     (["--checkpoint", "nowhere.pt"], "no checkpoint at nowhere.pt"),
 ])

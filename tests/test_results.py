@@ -17,7 +17,7 @@ def point(folder, model, task, test, period, seed=0, features="encoder", **confi
     (folder / model).mkdir(exist_ok=True)
     content = {"config": {"task": task, "features": features, "seed": seed, **config}, "metric": metric, "test": test, "valid": test, "frame_period_ms": period,
                "transformer_gflops_per_s": 2 / period, "epochs": 2, "best_epoch": 2, "train_s": 30.0, "infeasible_test": 5, "test_utterances": 50, "lam": 0.7,
-               "history": [{"lam": 0.6, "valid": 9.0}, {"lam": 0.7, "valid": test}], "machine": "m", "date": "2026-01-01"}
+               "search": [{"lam": 0.6, "valid": 9.0}, {"lam": 0.7, "valid": test}], "machine": "m", "date": "2026-01-01"}
     (folder / model / f"{len(list(folder.glob('*/*')))}.json").write_text(json.dumps(content))
 
 
