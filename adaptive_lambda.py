@@ -51,8 +51,8 @@ LIMIT = 1.99  # at 2, α′ is 0 and nothing fires
 
 
 class LearnedLam(Learner):
-    """λ, and what is heard at it. freeze: steps for which λ rests; jitter: how far a step's λ may lie from the learned one; needed: tokens that each utterance needs, where that matters; guess: the cost of one that is
-    missing."""
+    """λ, and what is heard at it. freeze: steps for which λ rests; jitter: how far a step's λ may lie from it;
+    needed: tokens that each utterance needs, where that matters; guess: the cost of one that is missing."""
 
     keep_last = True
 
