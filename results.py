@@ -123,7 +123,8 @@ def learned_table(points):
         for (model, of, _, start, how), runs in sorted(points.items(), key=lambda item: (item[0][4], item[0][3])):
             if (model, of) == ("adaptive", task):
                 s, lams = Summary(runs), [p["lam"] for p in runs]
-                rows.append([name, start, how, f"{np.mean(lams):.2f} ± {np.std(lams, ddof=1) if len(lams) > 1 else float('nan'):.2f}", f"{s.period:.0f}", s,
+                lam = f"{np.mean(lams):.2f}" + (f" ± {np.std(lams, ddof=1):.2f}" if len(lams) > 1 else "")
+                rows.append([name, start, how, lam, f"{s.period:.0f}", s,
                              f"{grid[best]} at {best:g}", f"{sign * (s.test - grid[best].test):+.1f}", f"{s.minutes:.1f}", f"{minutes:.1f}"])
     return table(["task", "λ starts at", "with", "λ learned", "ms / token", "metric %", "best of the grid (by validation)", "better by", "minutes", "minutes of the grid"], rows)
 
@@ -163,9 +164,12 @@ def tradeoff_figure(points, path):
 
 
 def lambda_figure(points, path):
+    tasks = [task for task in TASKS if any(k[:2] == ("adaptive", task) and k[4] in VARIANTS for k in points)]
+    if not tasks:
+        return
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(2, len(TASKS), figsize=(14, 7), layout="constrained", sharex="col")
-        for (task, name), column in zip(TASKS.items(), axes.T):
+        figure, axes = plt.subplots(2, len(tasks), figsize=(1 + 4.5 * len(tasks), 7), layout="constrained", sharex="col", squeeze=False)
+        for task, column in zip(tasks, axes.T):
             runs = {k: p for k, p in points.items() if k[:2] == ("adaptive", task) and k[4] in VARIANTS}
             starts = sorted({k[3] for k in runs})
             for (*_, start, how), seeds in sorted(runs.items(), key=lambda item: item[0][3:]):
@@ -176,10 +180,9 @@ def lambda_figure(points, path):
                     column[0].plot(epochs, [start, *(h["lam"] for h in p["search"])], label=label if p is seeds[0] else None, **style)
                     column[0].plot(epochs[-1], p["lam"], "*", ms=12, color=style["color"])
                     column[1].plot(epochs[1:], [h["valid"] for h in p["search"]], **style)
-            column[0].set(title=name, ylabel="λ", ylim=(0, None))
+            column[0].set(title=TASKS[task], ylabel="λ", ylim=(0, None))
             column[1].set(xlabel="epochs", ylabel=f"validation {METRICS[task]} (%)", ylim=(0, 105))
-            if runs:
-                column[0].legend()
+            column[0].legend()
         figure.savefig(path)
         plt.close(figure)
 
