@@ -8,10 +8,6 @@
 The encoder is frozen, yet λ's gradient passes through it: loss → hidden states → tokens → widths of CIF's pieces → α′ → λ.
 Where α′ moves a token's end, frames change hands between neighbours, and the loss says whether that was for the better.
 
-**jitter.** A head that has only ever heard one λ is at its best there; on either side its loss rises, and λ is stuck. So each step
-is taken at a λ drawn around the learned one, as in pre-training: the head learns a stretch of the scale, and the gradient, on
-average, is the slope along it. Validation and test are at λ itself.
-
 **missing**, for CTC. An utterance with fewer tokens than its text needs has an infinite loss, which is usually replaced by 0
 (zero_infinity): as λ grows, the hardest utterances fall silent, the loss falls, and λ has no reason to come back. In its place
 each missing token is charged what guessing its symbol would cost; Σ α′ stands for the number of tokens:
@@ -20,10 +16,14 @@ each missing token is charged what guessing its symbol would cost; Σ α′ stan
 
 **price.** Mean α′ is tokens per frame: at λ = 0, where it is 1, the price is added to the loss, at λ = 1 about 0.23 of it.
 
+**jitter.** A head that has only heard one λ is at its best there, which might hold λ back. With --jitter each step is taken at a λ drawn
+around the learned one, as in pre-training; validation and test are at λ itself. In the one comparison made so far (README, “What we
+found”) λ did as well without, so it is off.
+
 **freeze.** For the first steps λ stays where it starts: a head that knows nothing yet, above all CTC's that emits only blanks,
 gives it a gradient of noise. λ has its own learning rate, which falls to a tenth at the most, and no weight decay.
 
-After --lam-epochs λ is settled. The head that came along was disturbed by the jitter and by λ's way, so a new one is trained at the
+After --lam-epochs λ is settled. The head that came along was disturbed by λ's way, so a new one is trained at the
 learned λ as finetune.py does it, and scored: the same protocol as for every point of the grid.
 
 Source: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models", ICASSP 2023, learn λ with the
@@ -97,7 +97,7 @@ def main():
     parser.add_argument("--lam-epochs", type=int, default=25, help="epochs for which λ is learned, with a head that is then thrown away")
     parser.add_argument("--lam-lr", type=float, default=0.02, help="learning rate of r, where λ = 1.99 σ(r)")
     parser.add_argument("--freeze", type=int, default=200, help="steps for which λ rests where it starts")
-    parser.add_argument("--jitter", type=float, default=0.15, help="largest distance of a step's λ from the learned one; 0: none")
+    parser.add_argument("--jitter", type=float, default=0.0, help="largest distance of a step's λ from the learned one; 0: none")
     parser.add_argument("--price", type=float, default=0.0, help="added to the loss, times tokens per frame")
     parser.add_argument("--hide-missing", action="store_true", help="do not charge CTC's missing tokens: utterances that are too short cost nothing")
     args = parser.parse_args()

@@ -24,7 +24,7 @@ from figures import COLOURS, STYLE
 from points import differing, read_point
 
 PLAIN = "defaults"  # how λ was learned
-VARIANTS = {PLAIN: "-", "no jitter": "--", "no jitter, missing tokens hidden": ":"}  # those drawn, and their lines
+VARIANTS = {PLAIN: "-", "jitter 0.15": "--", "missing tokens hidden": ":"}  # those drawn, and their lines
 METRICS = {"ctc": "CER", "seq2seq": "WER", "pool": "mAP"}
 TASKS = {"ctc": "characters (CTC)", "seq2seq": "translation (seq2seq)", "pool": "concepts (pooling)"}
 PEERS = {"none": "no compression", "average2": "average of 2", "average4": "average of 4", "lam0.51": "CIF at λ = 0.51",
@@ -37,8 +37,8 @@ def load_points(folder):
     for path in sorted(folder.glob("*/*.json")):
         point = read_point(path)
         config = point["config"]
-        how = ["no jitter"] * (config.get("jitter") == 0) + ["missing tokens hidden"] * config.get("hide_missing", False)
-        how = ", ".join(how + ([f"price {config['price']:g}"] if config.get("price") else [])) or PLAIN
+        how = [f"{name} {config[name]:g}" for name in ("jitter", "price") if config.get(name)]
+        how = ", ".join(how + ["missing tokens hidden"] * config.get("hide_missing", False)) or PLAIN
         key = (path.parent.name, config["task"], config["features"], config.get("lam", config.get("start")), how)
         points.setdefault(key, []).append(point)
         differ = set(differing(config, points[key][0]["config"])) - {"seed"}

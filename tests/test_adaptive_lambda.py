@@ -109,7 +109,7 @@ def test_points_are_kept_and_their_command_computes_them_again(run, monkeypatch,
     script, *flags = point["command"].split()[1:]
     monkeypatch.setattr(sys, "argv", [script, *flags])
     adaptive_lambda.main()
-    again = json.loads(Path("runs/again/pool-price0-jitter0.15-from1.1-seed3.json").read_text())
+    again = json.loads(Path("runs/again/pool-price0-jitter0-from1.1-seed3.json").read_text())
     assert (again["test"], again["lam"], again["search"], again["history"]) == (point["test"], point["lam"], point["search"], point["history"])
 
 
