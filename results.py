@@ -168,7 +168,7 @@ def lambda_figure(points, path):
     if not tasks:
         return
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(2, len(tasks), figsize=(1 + 4.5 * len(tasks), 7), layout="constrained", sharex="col", squeeze=False)
+        figure, axes = plt.subplots(2, len(tasks), figsize=(2 + 4.5 * len(tasks), 8), layout="constrained", sharex="col", squeeze=False)
         for task, column in zip(tasks, axes.T):
             runs = {k: p for k, p in points.items() if k[:2] == ("adaptive", task) and k[4] in VARIANTS}
             starts = sorted({k[3] for k in runs})
@@ -182,7 +182,8 @@ def lambda_figure(points, path):
                     column[1].plot(epochs[1:], [h["valid"] for h in p["search"]], **style)
             column[0].set(title=TASKS[task], ylabel="λ", ylim=(0, None))
             column[1].set(xlabel="epochs", ylabel=f"validation {METRICS[task]} (%)", ylim=(0, 105))
-            column[0].legend()
+        labelled = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}
+        figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=len(tasks))
         figure.savefig(path)
         plt.close(figure)
 
