@@ -1,6 +1,6 @@
 """What was found: tables and figures, made from the points that finetune.py and adaptive_lambda.py leave.
 
-    results/MODEL/*.json   a point each: one task, λ and seed (make sweep computes those that are missing)
+    results/MODEL/*.json   a point each: one task, λ and seed (`make sweep` computes them anew)
     results/results.md     tables: the trade-off, once-for-all against its peers, the learned λ, where tokens fire
     results/tradeoff.png   the metric over frame period and over cost, for CTC, seq2seq and pooling
     results/lambda.png     λ over epochs, from each starting point
