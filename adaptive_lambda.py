@@ -29,7 +29,8 @@ learned λ as finetune.py does it, and scored: the same protocol as for every po
 Source: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models", ICASSP 2023, learn λ with the
 task; jitter, missing and price are ours. Tasks, heads, stopping and points are finetune.py's.
 
-    python adaptive_lambda.py --checkpoint checkpoints/ofa-tiny.pt --task ctc --lam 0.1 0.6 1.2 --seeds 3 --out runs/adaptive
+    python adaptive_lambda.py                                                characters, from three starting points: ten minutes or so
+    python adaptive_lambda.py --checkpoint runs/demo/encoder.pt --task pool --lam 0.1 1.2 --seeds 3 --out runs/adaptive
 """
 
 import argparse

@@ -1,7 +1,11 @@
 """One style for every figure, and the figure of one utterance at several λ.
 
 The same thing has the same colour everywhere (from Okabe and Ito's palette, safe for the colour-blind).
+
+`python figures.py` draws an utterance with checkpoints/ofa-tiny.pt, into runs/figure.png.
 """
+
+from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -40,3 +44,13 @@ def utterance_figure(encoder, waveform, text, lams, path):
         axes[-1].set(xlabel="time (s)", xlim=(0, seconds))
         figure.savefig(path)
         plt.close(figure)
+
+
+if __name__ == "__main__":
+    from data import load
+    from ofa_encoder import OFAEncoder
+
+    encoder, speech = OFAEncoder.from_checkpoint("checkpoints/ofa-tiny.pt"), load("asterisk").part("test")
+    Path("runs").mkdir(exist_ok=True)
+    utterance_figure(encoder, speech[0], speech.utterances[0].text, [encoder.lam_for(ms) for ms in (25, 50, 90)], "runs/figure.png")
+    print(f"runs/figure.png: “{speech.utterances[0].text}” at 25, 50 and 90 ms a token")

@@ -10,6 +10,7 @@ computed again, so a sweep goes on where it was stopped; a file of another confi
 
 Source: the protocol of SUPERB (Yang et al., Interspeech 2021); the curve over λ: Chen, Meng and Lee, ICASSP 2023.
 
+    python finetune.py                                                       characters with checkpoints/ofa-tiny.pt at λ = 0, in a minute or two
     python finetune.py --checkpoint runs/demo/encoder.pt --task ctc --lam 0 0.5 1 --seeds 3 --out runs/ctc
     python finetune.py --checkpoint runs/demo/encoder.pt --task pool --data my.tsv
     python finetune.py --checkpoint runs/base/encoder.pt --task asr --head superb --data my/corpora
@@ -43,8 +44,8 @@ def arguments(description="Train a head on the encoder at each λ and seed.", la
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", help="encoder.pt or checkpoint.pt of pretrain.py; needed unless --features is logmel or deaf")
-    add("--task", required=True, choices=[*KINDS, *SUPERB], help="what to predict: see tasks.py and superb.py")
+    add("--checkpoint", default="checkpoints/ofa-tiny.pt", help="encoder.pt or checkpoint.pt of pretrain.py; not read if --features is logmel or deaf")
+    add("--task", choices=[*KINDS, *SUPERB], default="ctc", help="what to predict: see tasks.py and superb.py")
     add("--data", help="asterisk (the default), or a TSV with columns path, text or label, and optionally split; for SUPERB's tasks a folder with "
                        "the data set, by default that of --root")
     add("--root", default="data", help="folder of the embedded corpus")
@@ -78,8 +79,6 @@ def check(args):
     args.device = pick_device(args.device).type
     if args.features in ("logmel", "deaf") and any(args.lam):
         raise ValueError(f"--lam is for the encoder; --features {args.features} has no λ")
-    if args.features in ("encoder", "random") and not args.checkpoint:
-        raise ValueError(f"--features {args.features} needs --checkpoint")
     if args.unfreeze and args.features not in ("encoder", "random"):
         raise ValueError(f"--unfreeze trains an encoder; --features {args.features} has none")
     for name in ("seeds", "slots", "beam", "epochs", "patience", "batch"):

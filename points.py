@@ -7,12 +7,15 @@
     commit, machine, date
 
 A point that is there is not computed again, so that a sweep goes on where it was stopped.
+
+`python points.py [results/ofa]` lists the points in a folder.
 """
 
 import json
 import platform
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -67,3 +70,12 @@ def cost_of(heard, frames) -> dict:
     """Of a Heard and its Frames (None: without an encoder)."""
     return {"frame_period_ms": heard.period_ms, "tokens": heard.tokens, "transformer_gflops_per_s": heard.gflops,
             "cnn_s": frames.seconds if frames else 0.0, "encode_s": heard.seconds}
+
+
+if __name__ == "__main__":
+    try:
+        for path in sorted(Path(sys.argv[1] if len(sys.argv) > 1 else "results/ofa").glob("*.json")):
+            point = read_point(path)
+            print(f"{path.stem:<32} {point['frame_period_ms']:6.1f} ms a token   test {point['metric']} {point['test']:5.1f} %   {point['epochs']:>3} epochs")
+    except ValueError as error:
+        sys.exit(f"points.py: {error}")
