@@ -33,14 +33,18 @@ sweep: points-ofa $(PEERS:%=points-%) points-baselines points-adaptive
 
 points-ofa: data/asterisk.pt
 	for task in $(TASKS); do $(FINETUNE) $(OFA) --task $$task --lam 0 0.51 0.78 1.04 1.53 --out $(RESULTS)/ofa || exit 1; done
+	$(FINETUNE) $(OFA) --task ctc --slots 3 --lam 0.78 1.04 1.53 --out $(RESULTS)/slots
 
 points-baselines: data/asterisk.pt
 	for task in $(TASKS); do $(FINETUNE) --features logmel --task $$task --out $(RESULTS)/baselines || exit 1; done
 	for task in $(TASKS); do $(FINETUNE) --features random $(OFA) --task $$task --out $(RESULTS)/baselines || exit 1; done
 	$(FINETUNE) --features deaf --task seq2seq --out $(RESULTS)/baselines
 
+LEARN = OMP_NUM_THREADS=1 .venv/bin/python adaptive_lambda.py $(OFA) --out $(RESULTS)/adaptive
 points-adaptive: data/asterisk.pt
-	for task in $(TASKS); do OMP_NUM_THREADS=1 .venv/bin/python adaptive_lambda.py --seeds 3 $(OFA) --task $$task --out $(RESULTS)/adaptive || exit 1; done
+	for task in $(TASKS); do $(LEARN) --task $$task --seeds 3 || exit 1; done
+	for task in ctc pool; do for price in 0.3 1 3; do $(LEARN) --task $$task --lam 0.6 --price $$price || exit 1; done; done
+	$(LEARN) --task ctc --lam 1.2 --hide-missing && $(LEARN) --task ctc --lam 0.1 1.2 --jitter 0.15
 
 # A peer is named by its compression, or by its λ.
 points-%: runs/%/encoder.pt
