@@ -60,21 +60,21 @@ def cif(x, alpha, lengths=None, *, threshold=1.0, tail_threshold=0.5, target_len
     device = x.device
 
     total = alpha.cumsum(1)                                      # (B, S) c_s, the marks of the first ruler
-    fires = (total.detach() / threshold + slack).floor().long()  # (B, S) token ends at or before each frame end
+    fires = (total.detach() / threshold + slack).long()          # (B, S) token ends at or before each frame end
     full = fires[:, -1]                                          # (B,) full tokens; then the tail:
     tail = total[:, -1] - full.to(total) * threshold             # (B,) its mass
-    fires_tail = torch.zeros_like(full, dtype=torch.bool)
-    if tail_threshold is not None:
-        fires_tail = (tail >= (tail_threshold - slack) * threshold) & (tail > slack * threshold)
+    enough = torch.inf if tail_threshold is None else max(tail_threshold, 2 * slack) - slack
+    fires_tail = tail >= enough * threshold
     n_tokens = full + fires_tail
-    T, P = int(n_tokens.max()), S + int(full.max())
+    T, most = torch.stack([n_tokens, full]).amax(1).tolist()     # a GPU is waited for once
+    P = S + most
 
     # Merge the rulers. Frame end s has s frame ends and fires[s] token ends before it, which gives its place.
     # Piece p ends at mark p, so p = (frame ends before it) + (token ends before it) = frame + token.
-    place = torch.arange(P, device=device).expand(B, P)
-    ends_frame = torch.zeros(B, P, dtype=torch.bool, device=device)
-    ends_frame.scatter_(1, fires + torch.arange(S, device=device), True)
-    frame = ends_frame.cumsum(1) - ends_frame.long()             # (B, P)
+    place = torch.arange(P, device=device)
+    ends_frame = torch.zeros(B, P + 1, dtype=torch.bool, device=device)
+    ends_frame.scatter_(1, fires + torch.arange(1, S + 1, device=device), True)  # whether the mark *before* a place ends a frame
+    frame, ends_frame = ends_frame.cumsum(1)[:, :-1], ends_frame[:, 1:]
     token = place - frame                                        # (B, P)
     frame = torch.minimum(frame, lengths[:, None] - 1)           # padding is never read
     marks = torch.where(ends_frame, total.gather(1, frame), (token + 1).to(total) * threshold)
@@ -84,18 +84,17 @@ def cif(x, alpha, lengths=None, *, threshold=1.0, tail_threshold=0.5, target_len
     # A tail that fires is scaled up to β.
     weight = torch.where(token == full[:, None], width * (threshold / tail.where(fires_tail, 1))[:, None], width)
 
-    # Token t's pieces follow the mark that ends token t - 1.
-    first = torch.searchsorted(token, torch.arange(T + 1, device=device).repeat(B, 1))
-    tokens = _sum_runs(x, frame, weight, first[:, :-1])          # (B, T, C)
+    # Token t's pieces follow the mark that ends token t - 1, in the first frame at whose end t tokens have fired.
+    count = torch.arange(T + 1, device=device)
+    fired_in = torch.searchsorted(fires, count.expand(B, -1).contiguous())
+    tokens = _sum_runs(x, frame, weight, (count + fired_in)[:, :-1])  # (B, T, C)
 
     with torch.no_grad():                                        # when did the mark that ends token t pass?
-        last = (first[:, 1:] - 1).clamp(0, P - 1)
-        frame_at = frame.gather(1, last)
-        overshoot = total.gather(1, frame_at) - torch.arange(1, T + 1).to(total) * threshold
+        frame_at = torch.minimum(fired_in[:, 1:], lengths[:, None] - 1)
+        overshoot = total.gather(1, frame_at) - count[1:].to(total) * threshold
         times = frame_at + 1 - overshoot / alpha.gather(1, frame_at).clamp(min=torch.finfo(alpha.dtype).tiny)
-        steps = torch.arange(T, device=device)
-        times = times.where(steps < full[:, None], lengths[:, None].to(times))
-        times = times.masked_fill(steps >= n_tokens[:, None], 0).float()
+        times = times.where(count[1:] <= full[:, None], lengths[:, None].to(times))
+        times = times.masked_fill(count[1:] > n_tokens[:, None], 0).float()
 
     return Fired(tokens, n_tokens, times, frame, token, width, alpha)
 
@@ -112,7 +111,7 @@ def expand(tokens, fired) -> Tensor:
     S = fired.alpha.shape[1]
     alpha = fired.alpha.gather(1, fired.frame)                   # (B, P)
     share = fired.width / alpha.where(alpha > 0, 1)
-    first = torch.searchsorted(fired.frame, torch.arange(S, device=tokens.device).repeat(B, 1))
+    first = torch.searchsorted(fired.frame, torch.arange(S, device=tokens.device).expand(B, -1).contiguous())
     return _sum_runs(tokens, fired.token.clamp(max=T - 1), share, first) if T else tokens.new_zeros(B, S, tokens.shape[2])
 
 
@@ -139,15 +138,17 @@ def _prepare(x, alpha, lengths, threshold, tail_threshold, target_lengths):
         raise ValueError(f"threshold is {threshold}, expected a number > 0")
     if tail_threshold is not None and not 0 <= tail_threshold <= 1:
         raise ValueError(f"tail_threshold is {tail_threshold}, expected 0 to 1, or None to drop every tail")
-    lengths = torch.full((B,), S) if lengths is None else _whole_numbers("lengths", lengths, B, f"1 to {S}")
-    lengths = lengths.to(x.device)
-    if ((lengths < 1) | (lengths > S)).any():
-        raise ValueError(f"lengths is {lengths.tolist()}, expected 1 to {S} frames")
-
     wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-    padding = torch.arange(S, device=x.device) >= lengths[:, None]
-    alpha = alpha.to(wide).masked_fill(padding, 0)
-    if not ((alpha >= 0) & (alpha < torch.inf)).all():
+    alpha = alpha.to(wide)
+    if lengths is None:
+        lengths = torch.full((B,), S, device=x.device)
+    else:
+        lengths = _whole_numbers("lengths", lengths, B, f"1 to {S}").to(x.device)
+        if ((lengths < 1) | (lengths > S)).any():
+            raise ValueError(f"lengths is {lengths.tolist()}, expected 1 to {S} frames")
+        alpha = alpha.masked_fill(torch.arange(S, device=x.device) >= lengths[:, None], 0)
+    low, high = alpha.detach().aminmax()
+    if not (low >= 0) & (high < torch.inf):                      # as of NaN
         raise ValueError(f"alpha of shape {(B, S)} holds negative, infinite or NaN weights, expected finite ones >= 0")
     if target_lengths is not None:
         target = _whole_numbers("target_lengths", target_lengths, B, "1 or more").to(x.device)
