@@ -4,6 +4,7 @@
 # make results    tables and figures of results/, from the points there (a minute)
 # make sweep      pre-train the peers and compute all points anew, into runs/results (some five hours on two cores; -j2 uses both);
 #                 a stopped sweep goes on with the same command; RESULTS=FOLDER takes another folder, here and for make results
+# make benchmark  how fast this is, beside its goals: tables, and runs/benchmark.json (some minutes; leave the machine alone meanwhile)
 # All make .venv from requirements.txt (once, and again when that changes) and fetch the embedded corpus (once, 50 MB).
 
 PYTHON ?= python3
@@ -22,6 +23,9 @@ test: data/asterisk.pt
 
 notebooks: data/asterisk.pt
 	.venv/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+benchmark: data/asterisk.pt
+	.venv/bin/python benchmark.py
 
 results: data/asterisk.pt
 	.venv/bin/python firing.py checkpoints/ofa-tiny.pt $(RESULTS)/firing.json
@@ -66,5 +70,5 @@ data/asterisk.pt: | .venv/installed
 clean:
 	rm -rf .pytest_cache .hypothesis __pycache__ */__pycache__
 
-.PHONY: demo test notebooks results sweep clean
+.PHONY: demo test notebooks benchmark results sweep clean
 .SECONDARY:

@@ -49,7 +49,7 @@ from ofa_encoder import (COMPRESSIONS, FRAME_MS, PRESETS, SAMPLE_RATE, OFAEncode
 from teachers import initialise, load_teacher
 
 
-def arguments():
+def arguments(argv=None):
     parser = argparse.ArgumentParser(description="Pre-train a once-for-all encoder, or a fixed-rate peer of it.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -80,7 +80,7 @@ def arguments():
     add("--workers", type=int, default=0, help="processes that read sound ahead of time")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.lam is not None:
         check_lam(args.lam)
     if not 0 < args.lam_max <= 2:
