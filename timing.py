@@ -9,6 +9,10 @@
 Memory is the most held at once, over what was held before: counted by the allocator on CUDA; on a CPU the running sum of all that
 tensors allocate and free, which torch.profiler lists (not what oneDNN sets aside inside a call).
 
+What time holds besides arithmetic: on a CPU, also the system's work for new memory. Linux' C library gives large blocks back at once,
+so that a large result can cost more to map than to compute, a copy's too. With MALLOC_MMAP_THRESHOLD_=4294967296 and
+MALLOC_TRIM_THRESHOLD_=17179869184 in the environment it keeps them.
+
 `python timing.py` times a sum against a loop.
 """
 
