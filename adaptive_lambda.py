@@ -47,6 +47,7 @@ from heads import emissions
 from heard import Frames, Heard, Learner
 from ofa_encoder import FRAME_MS
 from points import command, cost_of, is_there, save_point
+from pretrain import check_numbers
 
 LIMIT = 1.99  # at 2, α′ is 0 and nothing fires
 
@@ -107,9 +108,8 @@ def main():
     check(args)
     if not all(0 < lam < LIMIT for lam in args.lam):
         raise ValueError(f"--lam {' '.join(f'{lam:g}' for lam in args.lam)}: λ = {LIMIT} σ(r) can't start from an end of the scale; try 0.05, say")
-    for name in ("lam_lr", "freeze", "jitter", "price"):
-        if not 0 <= getattr(args, name) < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more")
+    check_numbers(args, "lam_epochs")
+    check_numbers(args, "lam_lr", "freeze", "jitter", "price", zero=True)
     encoder, task, config = prepare(args)
     steps = args.lam_epochs * -(-len(task.indices("train")) // args.batch)
     if args.freeze >= steps:

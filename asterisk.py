@@ -12,7 +12,6 @@ import hashlib
 import http.client
 import io
 import json
-import os
 import re
 import sys
 import tarfile
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ofa_encoder import MIN_SAMPLES, SAMPLE_RATE, save
+from ofa_encoder import MIN_SAMPLES, SAMPLE_RATE, save, whole
 
 MAX_SECONDS = 15.0
 
@@ -79,10 +78,8 @@ def _fetch(name, sha, downloads) -> bytes:
         except (OSError, http.client.HTTPException) as error:
             reasons.append(f"  {mirror}: {error}")
             continue
-        downloads.mkdir(parents=True, exist_ok=True)
-        partial = downloads / f"{file}.{os.getpid()}.partial"
-        partial.write_bytes(content)
-        os.replace(partial, downloads / file)
+        with whole(downloads / file) as kept:
+            kept.write(content)
         return content
     raise OSError("the embedded corpus could not be fetched:\n" + "\n".join(reasons) + f"\nTry again when there is a network, "
                   f"or put {file} (Debian's, version 1.6.1-1) into {downloads}. "

@@ -19,7 +19,7 @@ A recording that data.py cuts into pieces has a line a piece, with ids NAME#0, N
 
 import hashlib
 import json
-import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Speech, loader
-from ofa_encoder import FRAME_MS, MIN_SAMPLES
+from ofa_encoder import FRAME_MS, MIN_SAMPLES, whole
 
 
 def frames_of(samples) -> int:
@@ -91,16 +91,13 @@ def segment(speech: Speech, teacher, path: Path, period_ms=90.0, clusters=100, d
         low, high = (gamma, high) if FRAME_MS * len(frames) / segments < period_ms else (low, gamma)
 
     by_length = np.argsort([u.samples for u in speech.utterances])
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
     found = {}
     for indices, x, lengths in tqdm(features(by_length, 64), desc="pseudo-boundaries", unit=" batches", total=-(-len(speech) // 64)):
         found |= dict(zip(indices, smooth(torch.cdist(x, codes).square(), lengths, gamma)))
-    with open(partial, "w", encoding="utf-8") as file:
+    with whole(path) as file:
         for i, u in enumerate(speech.utterances):                            # one that can't be read is one segment, and never used
             ends = found.get(i, [frames_of(u.samples)])
-            file.write(f"{u.id}\t{' '.join(f'{end * FRAME_MS / 1000:.2f}' for end in ends)}\n")
-    os.replace(partial, path)
+            file.write(f"{u.id}\t{' '.join(f'{end * FRAME_MS / 1000:.2f}' for end in ends)}\n".encode())
 
 
 def cache_path(speech: Speech, teacher_name: str, layer, period_ms: float, root) -> Path:
@@ -112,22 +109,26 @@ def cache_path(speech: Speech, teacher_name: str, layer, period_ms: float, root)
 
 def read(path, speech: Speech) -> list[np.ndarray]:
     """The ends of every utterance's segments, in frames, the last one its last frame. Raises ValueError that names a bad line."""
-    lines = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
-        id, _, times = line.partition("\t")
+    lines, number = {}, 0
+    with open(path, encoding="utf-8") as file:
         try:
-            lines[id] = np.array([float(t) for t in times.split()])
+            for number, line in enumerate(file, 1):
+                id, _, times = line.rstrip("\n").partition("\t")
+                seconds = np.array([float(t) for t in times.split()])
+                if id and (not len(seconds) or not np.isfinite(seconds).all() or seconds.min() < 0):
+                    raise ValueError
+                lines[id] = np.round(seconds * 1000 / FRAME_MS).astype(np.int32)
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}, after line {number}: not UTF-8") from None
         except ValueError:
-            raise ValueError(f"{path}, line {number}: expected an id, a tab and seconds separated by spaces") from None
-        if not len(lines[id]) or not np.isfinite(lines[id]).all() or lines[id].min() < 0:
-            raise ValueError(f"{path}, line {number} ({id}): expected one or more times >= 0 in seconds")
+            raise ValueError(f"{path}, line {number} ({id}): expected an id, a tab, and one or more times >= 0 in seconds, separated by spaces") from None
     missing = [u.id for u in speech.utterances if u.id not in lines]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of {len(speech)} utterances, among them {missing[0]}")
     result = []
     for u in speech.utterances:
         frames = frames_of(u.samples)
-        ends = np.round(lines[u.id] * 1000 / FRAME_MS).astype(np.int32)
+        ends = lines[u.id]
         result.append(np.unique(np.append(ends[(ends > 0) & (ends < frames)], np.int32(frames))))
     return result
 
@@ -147,8 +148,12 @@ if __name__ == "__main__":
     from data import load
     from teachers import load_teacher
 
-    speech, path = load("asterisk"), Path("data/boundaries-example.tsv")
-    segment(speech, load_teacher("mfcc"), path)
+    path = Path("data/boundaries-example.tsv")
+    try:
+        speech = load("asterisk")
+        segment(speech, load_teacher("mfcc"), path)
+    except (ValueError, OSError) as error:
+        sys.exit(f"boundaries.py: {error}")
     ends = read(path, speech)
     print(f"{len(speech)} utterances, mean segment {FRAME_MS * sum(e[-1] for e in ends) / sum(len(e) for e in ends):.1f} ms")
     print(f"“{speech.utterances[0].text}” changes at", " ".join(f"{e * FRAME_MS}" for e in ends[0]), "ms")

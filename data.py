@@ -91,9 +91,12 @@ def load(name: str, root="data") -> Speech:
     if name == "asterisk":
         cache = Path(root) / "asterisk.pt"
         asterisk.build(cache)
-        content = torch.load(cache, weights_only=True, mmap=True)
-        utterances = [Utterance(**u) for u in json.loads(content["utterances"])]
-        return Speech(utterances, held_out=(0.1, 0.2), sound=content["sound"])
+        try:
+            content = torch.load(cache, weights_only=True, mmap=True)
+            utterances, sound = [Utterance(**u) for u in json.loads(content["utterances"])], content["sound"]
+        except Exception as error:  # as in load_checkpoint
+            raise ValueError(f"{cache} is damaged ({type(error).__name__}): delete it, and it will be built again") from None
+        return Speech(utterances, held_out=(0.1, 0.2), sound=sound)
     if name.startswith("librispeech:"):
         return librispeech(name.removeprefix("librispeech:").split("+"), Path(root))
     return folder(Path(name))

@@ -34,7 +34,7 @@ from heads import CTCHead, PoolHead, Seq2SeqHead
 from heard import FEATURES, Frames, Heard, Learner, Live
 from ofa_encoder import OFAEncoder, check_lam
 from points import command, cost_of, is_there, save_point
-from pretrain import pick_device, use_bf16
+from pretrain import check_numbers, pick_device, use_bf16
 from superb import METRICS, SUPERB, load_superb
 from tasks import HIGHER_IS_BETTER, KINDS, Task, load_task
 
@@ -81,9 +81,8 @@ def check(args):
         raise ValueError(f"--lam is for the encoder; --features {args.features} has no λ")
     if args.unfreeze and args.features not in ("encoder", "random"):
         raise ValueError(f"--unfreeze trains an encoder; --features {args.features} has none")
-    for name in ("seeds", "slots", "beam", "epochs", "patience", "batch"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}, expected 1 or more")
+    check_numbers(args, "seeds", "slots", "beam", "epochs", "patience", "batch", "lr", "encoder_lr")
+    check_numbers(args, "seed", zero=True)
     if not 0 <= args.ctc_weight < 1:
         raise ValueError(f"--ctc-weight is {args.ctc_weight}, expected 0 <= weight < 1")
 

@@ -12,6 +12,7 @@ weights), deaf (one zero vector, whatever was said: what the head knows without 
 `python heard.py` shows the shapes.
 """
 
+import sys
 import time
 
 import torch
@@ -122,7 +123,10 @@ if __name__ == "__main__":
     from data import load
     from ofa_encoder import PRESETS, OFAEncoder
 
-    speech, encoder = load("asterisk").few(50), OFAEncoder(PRESETS["tiny"]).eval()
+    try:
+        speech, encoder = load("asterisk").few(50), OFAEncoder(PRESETS["tiny"]).eval()
+    except (ValueError, OSError) as error:
+        sys.exit(f"heard.py: {error}")
     frames = Frames(speech, encoder, "cpu")
     print(f"“{speech.utterances[0].text}”: frames {tuple(frames([0])[0].shape)}")
     for features, lam in (("encoder", 0.0), ("encoder", 0.5), ("encoder", 1.0), ("logmel", 0.0), ("deaf", 0.0)):

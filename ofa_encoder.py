@@ -22,8 +22,10 @@ layers are torchaudio's wav2vec 2.0 modules, so HuBERT's weights fit by name.
 `python ofa_encoder.py` runs an untrained encoder at several λ.
 """
 
+import io
 import math
 import os
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -199,6 +201,8 @@ class OFAEncoder(nn.Module):
         if check_lam(lam) != 0 and self.config.compression != "cif":
             raise ValueError(f"λ is {check_lam(lam):g}, but this encoder has one fixed rate ({self.config.compression}): "
                              "leave λ at 0")
+        if not isinstance(waveforms, Tensor):
+            raise ValueError(f"waveforms is a {type(waveforms).__name__}, expected a tensor: torch.from_numpy makes one")
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
             raise ValueError(f"waveforms has shape {tuple(waveforms.shape)} and type {waveforms.dtype}, "
                              "expected floats (B, samples) at 16 kHz: sound[None] makes a batch of one")
@@ -233,8 +237,10 @@ class OFAEncoder(nn.Module):
         try:
             encoder = cls(Config(**{**content["config"], "channels": tuple(content["config"]["channels"])}))
             encoder.load_state_dict(content["encoder"])
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} holds no encoder of this project, or a damaged one ({error!r:.300})") from None
+        if not all(v.isfinite().all() for v in encoder.state_dict().values()):
+            raise ValueError(f"{path} holds NaN or infinite weights")
         return encoder.float().eval()
 
 
@@ -243,23 +249,38 @@ def load_checkpoint(path, map_location="cpu"):
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}: pre-train one with `make demo` or pretrain.py")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # truncated, pickled code, no checkpoint at all: torch has a different exception for each
-        raise ValueError(f"{path} is no checkpoint that can be loaded safely, or it is damaged ({str(error):.200})") from None
+        raise ValueError(f"{path} is no checkpoint, or it is damaged, or it holds more than tensors and plain values, which is not "
+                         f"loaded because it could run code ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+    return content
 
 
 def save(content, path):
-    """torch.save that leaves either the old file or the whole new one, whatever happens. Raises OSError, say if the disk is full."""
+    """torch.save to path, whole or not at all. Raises OSError, say if the disk is full."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # to memory first: writing a file, torch hides why it failed
+    with whole(path) as file:
+        file.write(buffer.getbuffer())
+
+
+@contextmanager
+def whole(path):
+    """A file to write bytes to. Whatever happens, path is left with either what it held or all that is written now."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        torch.save(content, partial)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            yield file
         os.replace(partial, path)
-    except RuntimeError as error:  # what torch raises when it can't write
-        raise OSError(f"{path} could not be written ({str(error):.200}); what was there before is intact") from None
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error}); what was there before is intact") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def cnn_features(extractor, waveforms, lengths):

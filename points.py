@@ -21,6 +21,11 @@ from pathlib import Path
 
 import torch
 
+from ofa_encoder import whole
+
+NEEDED = {"config", "metric", "test", "valid", "epochs", "infeasible_test", "test_utterances", "frame_period_ms", "transformer_gflops_per_s",
+          "train_s", "machine", "date"}  # what results.py reads
+
 
 def differing(a: dict, b: dict) -> list[str]:
     """Names of what differs between two configurations. A checkpoint is known by its hash, wherever it lies."""
@@ -41,9 +46,12 @@ def is_there(path, config) -> bool:
 def read_point(path) -> dict:
     try:
         point = json.loads(path.read_text(encoding="utf-8"))
-        return point if {"config", "metric", "test"} <= point.keys() else {}["config"]
-    except (ValueError, KeyError, AttributeError):
-        raise ValueError(f"{path} is no point of finetune.py or adaptive_lambda.py, or it is damaged: delete it") from None
+        whole = NEEDED <= point.keys() and {"task", "features", "seed"} <= point["config"].keys()
+    except (ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is no point of finetune.py or adaptive_lambda.py, or it is damaged: delete it")
+    return point
 
 
 def save_point(path, point):
@@ -51,9 +59,8 @@ def save_point(path, point):
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     point = {**point, "commit": git.stdout.strip(), "machine": machine, "date": time.strftime("%Y-%m-%d")}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(point, indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(path)
+    with whole(path) as file:
+        file.write(json.dumps(point, indent=1, ensure_ascii=False).encode())
 
 
 def command(script, parser, args, lam, seed) -> str:

@@ -89,10 +89,19 @@ def arguments(argv=None):
         if args.lam:
             raise ValueError(f"--lam is for --compression cif; {args.compression} has one rate")
         args.lam = 0.0
-    for name in ("steps", "layers", "accumulate", "batch_seconds", "lr", "warmup", "clip", "segment_ms", "save_every"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number over 0")
+    check_numbers(args, "steps", "layers", "accumulate", "batch_seconds", "lr", "warmup", "clip", "save_every", "teacher_heads")
+    check_numbers(args, "quantity", "seed", "workers", zero=True)
+    if not FRAME_MS <= args.segment_ms < 1e9:
+        raise ValueError(f"--segment-ms is {args.segment_ms}, expected {FRAME_MS} or more")
     return args
+
+
+def check_numbers(args, *names, zero=False):
+    """Refuse NaN, infinity, and numbers that are not over 0; with zero, 0 is allowed."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not (0 < value < 2**63 or zero and value == 0):
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a {'number from 0' if zero else 'number over 0'}")
 
 
 class Distiller(nn.Module):
@@ -122,9 +131,13 @@ class Distiller(nn.Module):
         content = load_checkpoint(path)
         if "heads" not in content:
             raise ValueError(f"{path} holds no heads: give the checkpoint.pt that pretrain.py writes, not encoder.pt")
-        distiller = cls(OFAEncoder.from_checkpoint(path), [len(v) for k, v in content["heads"].items() if k.endswith("bias")])
-        distiller.heads.load_state_dict(content["heads"])
-        return distiller.eval(), content["args"]
+        encoder = OFAEncoder.from_checkpoint(path)
+        try:
+            distiller = cls(encoder, [len(v) for k, v in content["heads"].items() if k.endswith("bias")])
+            distiller.heads.load_state_dict(content["heads"])
+            return distiller.eval(), content["args"]
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r:.200})") from None
 
 
 def guidance(alpha, pseudo, number):
@@ -181,6 +194,8 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     first = resume(checkpoint, model, optimizer, args) if checkpoint.exists() else 0
     if rank == 0:
+        for partial in out.glob("checkpoint.pt.*.partial"):  # what a run left that was killed while it wrote
+            partial.unlink()
         print(f"{args.preset} encoder, {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters ({copied / 1e6:.2f} M "
               f"from the teacher); {len(train)} utterances, {train.seconds / 3600:.2f} h; {world} x {device}, "
               f"{'bf16' if use_bf16(args, device) else 'fp32'}; steps {first} to {args.steps}")
@@ -204,6 +219,9 @@ def train_loop(args, model, optimizer, teacher, train, held_out, ends, first, de
         lam = draw_lam(args, step, mean_alpha)
         torch.manual_seed(hash((args.seed, step, rank)))                                 # dropout
         n_frames, n_segments = sum(int(ends[i][-1]) for i in batch), sum(len(ends[i]) for i in batch)
+        non_finite = lambda what: FloatingPointError(
+            f"step {step}, λ = {lam:.3f}: {what}, utterances {[train.utterances[i].id for i in batch]}; "
+            + (f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"))
         total, period = 0.0, 0.0
         for part in range(parts):
             used, waveforms, lengths = next(arriving)
@@ -212,8 +230,11 @@ def train_loop(args, model, optimizer, teacher, train, held_out, ends, first, de
             targets = teacher(waveforms, lengths)
             if world > 1:
                 parallel.require_backward_grad_sync = part == parts - 1                  # gradients are exchanged once a step
-            with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(args, device)):
-                encoded, distillation, covered = parallel(waveforms, lengths, targets, lam)
+            try:
+                with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(args, device)):
+                    encoded, distillation, covered = parallel(waveforms, lengths, targets, lam)
+            except ValueError as error:                                                  # α is NaN
+                raise non_finite(error) from None
             loss = (distillation * covered).sum() / n_frames
             if args.compression == "cif":
                 frame, segment = guidance(encoded.alpha, pseudo, number)
@@ -226,8 +247,7 @@ def train_loop(args, model, optimizer, teacher, train, held_out, ends, first, de
             total, period = total + loss.item(), encoded.frame_period()
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         if not norm.isfinite():
-            raise FloatingPointError(f"step {step}, λ = {lam:.3f}: loss {total}, gradient {norm.item()}, utterances "
-                                     f"{[train.utterances[i].id for i in batch]}; the last good checkpoint is {checkpoint}")
+            raise non_finite(f"loss {total}, gradient {norm.item()}")
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min((step + 1) / args.warmup, (args.steps - step) / max(1, args.steps - args.warmup), 1)
         optimizer.step()
@@ -248,13 +268,16 @@ def resume(checkpoint, model, optimizer, args) -> int:
     content = load_checkpoint(checkpoint)
     if "optimizer" not in content:
         raise ValueError(f"{checkpoint} can't be resumed: pretrain.py did not write it")
-    differ = {k: (v, content["args"].get(k)) for k, v in vars(args).items() if k not in FREE and content["args"].get(k) != v}
-    if differ:
-        raise ValueError(f"{checkpoint} is of another run (flag: now, then): {differ}. Choose another --out")
-    model.encoder.load_state_dict(content["encoder"])
-    model.heads.load_state_dict(content["heads"])
-    optimizer.load_state_dict(content["optimizer"])
-    return content["step"]
+    try:
+        differ = {k: (v, content["args"].get(k)) for k, v in vars(args).items() if k not in FREE and content["args"].get(k) != v}
+        if not differ:
+            model.encoder.load_state_dict(content["encoder"])
+            model.heads.load_state_dict(content["heads"])
+            optimizer.load_state_dict(content["optimizer"])
+            return content["step"]
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint} can't be resumed: it is damaged ({error!r:.200}). Choose another --out") from None
+    raise ValueError(f"{checkpoint} is of another run (flag: now, then): {differ}. Choose another --out")
 
 
 def report(args, model, teacher, test, device, out):
@@ -293,5 +316,9 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"pretrain.py: {error}")
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        sys.exit(f"pretrain.py: rank {os.environ['RANK']} stops, another process may have died ({error}); --resume goes on from the last checkpoint")
     except KeyboardInterrupt:
         sys.exit("pretrain.py: stopped; the same command with --resume goes on from the last checkpoint")

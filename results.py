@@ -202,8 +202,11 @@ def main():
     text += ["## Once-for-all against its peers", "How much better (+) or worse (−) once-for-all is than the peer, at the peer's frame period, in points of the metric.",
              peers_table(points), "## The learned λ", learned_table(points)]
     if (folder / "firing.json").exists():
-        firing = json.loads((folder / "firing.json").read_text(encoding="utf-8"))
-        text += ["## Where tokens fire", f"Agreement with pseudo-boundaries on held-out speech, ± {firing['tolerance_ms']} ms (firing.py).", firing_table(firing["rows"])]
+        try:
+            firing = json.loads((folder / "firing.json").read_text(encoding="utf-8"))
+            text += ["## Where tokens fire", f"Agreement with pseudo-boundaries on held-out speech, ± {firing['tolerance_ms']} ms (firing.py).", firing_table(firing["rows"])]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{folder / 'firing.json'} is no table of firing.py, or it is damaged: make it anew with `make results`") from None
     (folder / "results.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     tradeoff_figure(points, folder / "tradeoff.png")
     lambda_figure(points, folder / "lambda.png")

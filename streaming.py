@@ -43,6 +43,9 @@ def step(x, alpha, state: State, lengths=None, *, threshold=1.0):
     Returns tokens (B, T, C) that have fired, zero past each length; their number (B,); the times (B, T) at which they fired, in frames
     since the start of the stream; and the new state. Raises cif's ValueErrors.
     """
+    if x.ndim != 3 or alpha.shape != x.shape[:2] or state.value.shape != (x.shape[0], x.shape[2]):
+        raise ValueError(f"x has shape {tuple(x.shape)}, alpha {tuple(alpha.shape)}, expected (B, S, C) and (B, S), with the state's "
+                         f"(B, C) = {tuple(state.value.shape)}")
     B, S, _ = x.shape
     lengths = torch.full((B,), S, device=x.device) if lengths is None else torch.as_tensor(lengths, device=x.device)
     x = torch.cat([state.value[:, None].to(x), x], 1)                         # (B, 1 + S, C)

@@ -72,6 +72,8 @@ SUPERB = {
 
 def load_superb(name: str, folder="data", fold=1) -> Task:
     """The task of that name on the data set in folder. Raises ValueError, with what to put where, if that is not all there."""
+    if name not in SUPERB:
+        raise ValueError(f"unknown task {name!r}, expected one of {', '.join(SUPERB)}")
     entry, folder = SUPERB[name], Path(folder)
     wanted = f"--task {name} needs {entry.data} ({entry.page}), put so that these exist in {folder}: {', '.join(entry.layout)}"
     for pattern in entry.layout:

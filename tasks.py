@@ -22,6 +22,7 @@ put into lower case.
 import csv
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,12 +102,12 @@ def _tsv(kind, path, seed):
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             numbered = [(reader.line_num, row) for row in reader]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a TSV in UTF-8 ({error})") from None
     rows = [row for _, row in numbered]
     missing = {"path", column} - set(rows[0] if rows else ())
     if missing:
-        raise ValueError(f"{path}: " + (f"no column {', '.join(sorted(missing))} in its header" if rows else "no rows under a header"))
+        raise ValueError(f"{path}: " + (f"no column {', '.join(sorted(missing))} in its header; columns are separated by tabs" if rows else "no rows under a header"))
     for number, row in numbered:
         if not row["path"] or not (row[column] or "").strip():
             raise ValueError(f"{path}, line {number}: path or {column} is empty")
@@ -156,7 +157,10 @@ def make_task(kind, metric, speech, targets, splits, symbols=(), **more) -> Task
 
 if __name__ == "__main__":
     for kind in KINDS:
-        task = load_task(kind)
+        try:
+            task = load_task(kind)
+        except (ValueError, OSError) as error:
+            sys.exit(f"tasks.py: {error}")
         i = task.indices("test")[7]
         target = "".join(task.targets[i]) if kind == "ctc" else task.targets[i]
         print(f"{kind}: {', '.join(f'{len(task.indices(split))} {split}' for split in SPLITS)}, {len(task.symbols)} symbols, {task.metric};",

@@ -113,16 +113,6 @@ def test_folder_names_what_it_leaves_out(mixed_folder, capsys):
     assert {u.group for u in speech.utterances if u.id.startswith("LONG")} == {"LONG.WAV"}
 
 
-def test_folder_of_nothing_usable(tmp_path):
-    with pytest.raises(ValueError, match="no such folder.*nowhere"):
-        load(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="no usable sound file"):
-        load(str(tmp_path))
-    tone(tmp_path / "one.wav", 1)
-    with pytest.raises(ValueError, match="too few to hold some out"):
-        load(str(tmp_path)).part("train")
-
-
 def test_unreadable_sound_is_named_and_left_out(tmp_path, capsys):
     for name in ("a", "b", "c"):
         tone(tmp_path / f"{name}.wav", 1)
@@ -134,9 +124,6 @@ def test_unreadable_sound_is_named_and_left_out(tmp_path, capsys):
     assert none == [] and silence.shape == (1, 400)
     said = capsys.readouterr().err
     assert "b.wav: holds NaN" in said and "c.wav: " in said
-    tone(tmp_path / "c.wav", 0.01)
-    with pytest.raises(ValueError, match="c.wav: 160 samples.*too short"):
-        read(tmp_path / "c.wav")
 
 
 def test_batches(asterisk):
@@ -182,11 +169,6 @@ def test_librispeech_download_that_breaks_off(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="(?s)connection reset.*Try again.*--data FOLDER"):
         load("librispeech:dev-clean", tmp_path)
     assert not list(tmp_path.rglob("*"))
-
-
-def test_unknown_librispeech_subset(tmp_path):
-    with pytest.raises(ValueError, match="train-clean-999"):
-        load("librispeech:train-clean-999", tmp_path)
 
 
 def test_few_are_spread(asterisk):

@@ -1,7 +1,6 @@
 """tasks.py and finetune.py on real speech: tasks, metrics, sweeps, and mistakes."""
 
 import json
-import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -129,64 +128,9 @@ def test_same_seed_same_result(run):
     assert a["test"] == b["test"] and a["valid"] == b["valid"]
 
 
-def tsv(tmp_path, text):
-    for name in "abc":
-        soundfile.write(tmp_path / f"{name}.wav", np.sin(np.arange(16_000)), 16_000)
-    (tmp_path / "my.tsv").write_text(text)
-    return ["--task", "pool", "--data", "my.tsv"]
-
-
-@pytest.mark.parametrize("flags, text, message", [
-    (["--lam", "2.5"], None, "λ is 2.5"),
-    (["--checkpoint", "nowhere.pt"], None, "no checkpoint at nowhere.pt"),
-    (["--data", "nowhere.tsv"], None, "no such file: nowhere.tsv"),
-    (["--data", "speech.csv"], None, "ends in .tsv"),
-    (["--features", "logmel", "--unfreeze"], None, "--unfreeze"),
-    (["--seeds", "0"], None, "--seeds is 0"),
-    (["--ctc-weight", "1"], None, "--ctc-weight is 1.0"),
-    ([], "", "no rows"),
-    ([], "path\tlabel\n", "no rows"),
-    ([], "file\tlabel\na.wav\tx\n", "no column path"),
-    ([], "path\ttext\na.wav\tx\n", "no column label"),
-    ([], "path\tlabel\nmissing.wav\tx\n", "line 2: no such file: missing.wav"),
-    ([], "path\tlabel\na.wav\t\n", "line 2: path or label is empty"),
-    ([], "path\tlabel\tsplit\na.wav\tx\ttrain\n\n./a.wav\tx\ttest\n", "line 4: ./a.wav is in test and in train"),
-    ([], "path\tlabel\na.wav\tx\nb.wav\tx\nc.wav\tx\n", "no utterance is left for train"),
-    (["--features", "logmel", "--lam", "0.5"], None, "--features logmel has no λ"),
-    (["--checkpoint", "fixed.pt", "--lam", "0.5"], None, "one fixed rate (average2)"),
-    (["--device", "mps"], None, "--device mps: torch finds none here"),
-    ([], "path\tlabel\tsplit\na.wav\tx\tdev\n", "line 2: split is 'dev'"),
-    ([], "path\tlabel\tsplit\na.wav\tx\ttrain\nb.wav\tx\tvalid\n", "no utterance is left for test"),
-    ([], "path\tlabel\tsplit\na.wav\tx\ttrain\nb.wav\tx\tvalid\nc.wav\ty\ttest\n", "label 'y' of c.wav (test) never occurs in train"),
-])
-def test_mistakes_are_named_without_a_traceback(run, tmp_path, spoken, flags, text, message, monkeypatch):
-    base = ["--task", "pool", "--data", str(spoken)] if text is None else tsv(tmp_path, text)
-    monkeypatch.setattr(sys, "argv", ["finetune.py", "--checkpoint", "encoder.pt", *base, *flags])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(REPO / "finetune.py"), run_name="__main__")
-    assert str(stop.value.code).startswith("finetune.py: ") and message in str(stop.value.code)
-
-
-def test_latin_1_and_damaged_points_are_named(run, tmp_path):
-    (tmp_path / "my.tsv").write_bytes("path\tlabel\na.wav\tMüller\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="my.tsv: not UTF-8"):
-        load_task("pool", tmp_path / "my.tsv")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/pool-encoder-lam0-seed0.json").write_text("{")
-    with pytest.raises(ValueError, match="pool-encoder-lam0-seed0.json is no point"):
-        run("--task", "pool")
-
-
 def test_the_cost_of_an_unfrozen_encoder_is_its_own(run, monkeypatch):
     """Training moves α, and with it the frame period."""
     run("--task", "pool", "--lam", "1", "--epochs", "1", "--unfreeze", "--encoder-lr", "0.01")
     run("--task", "pool", "--lam", "1", "--epochs", "1", "--out", "frozen")
     unfrozen, frozen = (json.loads(next(Path(out).glob("*.json")).read_text()) for out in ("out", "frozen"))
     assert abs(unfrozen["frame_period_ms"] - frozen["frame_period_ms"]) > 1
-
-
-def test_unknown_task_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["finetune.py", "--task", "dance"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(REPO / "finetune.py"), run_name="__main__")
-    assert "argument --task: invalid choice: 'dance'" in capsys.readouterr().err

@@ -1,8 +1,5 @@
 """ofa_encoder.py against torchaudio's own model, the closed form, and itself alone, padded and in company."""
 
-import os
-import pickle
-
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -49,9 +46,6 @@ def test_modified_alpha_has_a_slope_everywhere(lam, slope):
 def test_design_examples():
     assert period_from_lam(0, 0.22) == 20 and period_from_lam(1, 20 / 90) == pytest.approx(90)
     assert period_from_lam(1.5, 20 / 90) == pytest.approx(180) and lam_from_period(50, 20 / 90) == pytest.approx((1 - 0.4) / (1 - 20 / 90))
-    for bad in (19, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="frame period"):
-            lam_from_period(bad, 0.22)
 
 
 @torch.no_grad()
@@ -134,37 +128,6 @@ def test_bf16_autocast(encoder, prompts):
     assert out.alpha.dtype == torch.float32 and out.hidden_states[-1].isfinite().all()
 
 
-sound = torch.zeros(2, 800)
-@pytest.mark.parametrize("arguments, message", [
-    ((sound[0],), r"waveforms has shape \(800,\)"),
-    ((sound.int(),), "int32"),
-    ((sound[:, :399],), "399"),
-    ((sound[:0],), "waveforms of"),
-    ((sound, torch.tensor([800, 399])), "399"),
-    ((sound, torch.tensor([800, 801])), "801"),
-    ((sound, torch.tensor([800])), r"lengths has shape \(1,\)"),
-    ((sound, torch.tensor([800.0, 800.0])), "lengths .*float32"),
-    ((sound * torch.nan,), "NaN"),
-    ((sound, None, 2.0), "λ is 2"),
-    ((sound, None, -0.1), "λ is -0.1"),
-    ((sound, None, float("nan")), "λ is nan"),
-    ((sound, None, torch.tensor(2.5)), "λ is 2.5"),
-    ((sound, None, torch.tensor([0.1, 0.2])), r"λ has shape \(2,\)"),
-])
-def test_bad_input_is_named(encoder, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        encoder(*arguments)
-
-
-def test_fixed_rate_refuses_lam_and_unknown_compression():
-    with pytest.raises(ValueError, match="one fixed rate"):
-        small("average2")(sound, lam=0.5)
-    with pytest.raises(ValueError, match="can't be asked for 40 ms"):
-        small("average2").lam_for(40)
-    with pytest.raises(ValueError, match="average3"):
-        small("average3")
-
-
 def test_checkpoint_round_trip(prompts, tmp_path):
     encoder = small()
     encoder.mean_alpha.fill_(0.25)
@@ -176,26 +139,6 @@ def test_checkpoint_round_trip(prompts, tmp_path):
     half = {**encoder.checkpoint(), "encoder": {k: v.half() for k, v in encoder.state_dict().items()}}
     save(half, tmp_path / "half.pt")
     assert all(p.dtype == torch.float32 for p in OFAEncoder.from_checkpoint(tmp_path / "half.pt").parameters())
-
-
-class Payload:
-    def __reduce__(self):
-        return os.mkdir, ("payload-was-run",)
-
-
-def test_foreign_checkpoints_are_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save(small().checkpoint(), "good.pt")
-    (tmp_path / "truncated.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:5000])
-    (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "payload.pt").write_bytes(pickle.dumps(Payload()))
-    torch.save({"model": 1}, "foreign.pt")
-    torch.save([1, 2], "list.pt")
-    torch.save({**small().checkpoint(), "config": {**small().checkpoint()["config"], "dim": 128}}, "other-size.pt")
-    for name in ("missing", "truncated", "text", "payload", "foreign", "list", "other-size"):
-        with pytest.raises(ValueError, match=f"{name}.pt"):
-            OFAEncoder.from_checkpoint(f"{name}.pt")
-    assert not os.path.exists("payload-was-run")
 
 
 def test_save_is_all_or_nothing(tmp_path):

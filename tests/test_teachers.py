@@ -50,8 +50,6 @@ def test_a_file_gives_torchaudios_layers(prompts, tmp_path, mode):
         for target, layer in zip(targets, (hidden[0], hidden[2]), strict=True):
             torch.testing.assert_close(target[b, : layer.shape[1]], layer[0], rtol=1e-4, atol=1e-5)
     assert load_teacher(str(path)).layers == [1, 2, 3]
-    with pytest.raises(ValueError, match="layers 1 to 3"):
-        load_teacher(str(path), layers=[4])
 
 
 def test_student_starts_as_the_teacher(tmp_path):
@@ -74,14 +72,9 @@ def test_hubert_base_fits_the_base_preset():
     assert own == {"mean_alpha", *(k for k in ours if k.startswith("alpha_predictor"))}
 
 
-def test_errors_say_what_to_do(tmp_path, monkeypatch):
+def test_no_network_for_hubert_says_what_to_do(monkeypatch):
     def offline(self, **_):
         raise OSError("Name or service not known")
     monkeypatch.setattr(type(torchaudio.pipelines.HUBERT_BASE), "get_model", offline)
     with pytest.raises(OSError, match="(?s)HuBERT Base could not be downloaded.*--teacher mfcc"):
         load_teacher("hubert_base")
-    with pytest.raises(ValueError, match="no checkpoint at nowhere.pt"):
-        load_teacher("nowhere.pt")
-    torch.save({"foreign": torch.ones(1)}, tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match="foreign.pt is no state_dict"):
-        load_teacher(str(tmp_path / "foreign.pt"))
