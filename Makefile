@@ -1,5 +1,6 @@
 # make demo       pre-train a once-for-all encoder on two CPU cores: table, figure, checkpoint in runs/demo
 # make test       all tests
+# make fuzz       the property tests with 10,000 cases each (1,000 where a case takes long), and 20 kills of a pre-training instead of 3
 # make notebooks  execute the notebooks and keep what they print and draw
 # make results    tables and figures of results/, from the points there (a minute)
 # make sweep      pre-train the peers and compute all points anew, into runs/results (some five hours on two cores; -j2 uses both);
@@ -20,6 +21,9 @@ demo: data/asterisk.pt
 
 test: data/asterisk.pt
 	.venv/bin/python -m pytest
+
+fuzz: data/asterisk.pt
+	.venv/bin/python -m pytest -s -m "hypothesis or fuzz" --hypothesis-profile=fuzz
 
 notebooks: data/asterisk.pt
 	.venv/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
@@ -70,5 +74,5 @@ data/asterisk.pt: | .venv/installed
 clean:
 	rm -rf .pytest_cache .hypothesis __pycache__ */__pycache__
 
-.PHONY: demo test notebooks benchmark results sweep clean
+.PHONY: demo test fuzz notebooks benchmark results sweep clean
 .SECONDARY:

@@ -317,8 +317,8 @@ if __name__ == "__main__":
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"pretrain.py: {error}")
     except RuntimeError as error:
-        if not dist.is_initialized():
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        sys.exit(f"pretrain.py: rank {os.environ['RANK']} stops, another process may have died ({error}); --resume goes on from the last checkpoint")
+        sys.exit("pretrain.py: another process has died, see its message; the same command with --resume goes on from the last checkpoint")
     except KeyboardInterrupt:
         sys.exit("pretrain.py: stopped; the same command with --resume goes on from the last checkpoint")

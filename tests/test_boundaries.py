@@ -5,14 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import boundaries
 from data import Speech
 from teachers import load_teacher
 
 
-@settings(max_examples=100, deadline=None)
 @given(S=st.integers(1, 6), K=st.integers(1, 3), gamma=st.floats(0, 3), seed=st.integers(0, 999))
 def test_smoothing_finds_the_cheapest_path(S, K, gamma, seed):
     distances = torch.rand(2, 6, K, generator=torch.Generator().manual_seed(seed))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from torch_cif import cif_function
 
 import cif as cif_module
@@ -55,7 +55,6 @@ def overlaps(x, alpha, beta, tail_threshold, target):
     return tokens, np.array(times), share
 
 
-@settings(max_examples=2000, deadline=None)
 @given(cases())
 def test_matches_dense_float64_with_nan_in_the_padding(case):
     x, alpha, lengths, keywords = case
@@ -75,7 +74,6 @@ def test_matches_dense_float64_with_nan_in_the_padding(case):
         assert not back[b, n:].any()
 
 
-@settings(max_examples=300, deadline=None)
 @given(cases())
 def test_loop_and_vectorised_agree_in_values_and_gradients(case):
     x, alpha, lengths, keywords = case
@@ -95,7 +93,6 @@ def test_loop_and_vectorised_agree_in_values_and_gradients(case):
             torch.testing.assert_close(vectorised, loop, rtol=tolerance, atol=tolerance)
 
 
-@settings(max_examples=200, deadline=None)
 @given(cases())
 def test_mass_is_kept(case):
     x, alpha, lengths, keywords = case

@@ -1,14 +1,17 @@
 """data.py and asterisk.py: what is in the corpus, what a folder may hold, and what happens when a download breaks."""
 
 import hashlib
+import math
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import asterisk as corpus
-from data import Speech, Utterance, batches, load, loader, read
+from data import Speech, Utterance, batches, from_files, load, loader, read
 
 
 def test_embedded_corpus(asterisk):
@@ -111,6 +114,29 @@ def test_folder_names_what_it_leaves_out(mixed_folder, capsys):
         peak = torch.fft.rfft(waveform * torch.hann_window(len(waveform))).abs().argmax() * 16_000 / len(waveform)
         assert peak.item() == pytest.approx(440, abs=2)            # resampled, not just relabelled
     assert {u.group for u in speech.utterances if u.id.startswith("LONG")} == {"LONG.WAV"}
+
+
+@pytest.fixture(scope="module")
+def somewhere(tmp_path_factory):
+    return tmp_path_factory.mktemp("somewhere")
+
+
+@given(rate=st.one_of(st.sampled_from([8_000, 11_025, 16_000, 22_050, 44_100, 48_000]), st.integers(6_000, 96_000)), seconds=st.floats(0.04, 0.12),
+       gains=st.lists(st.floats(0.1, 0.9), min_size=1, max_size=3), cut=st.tuples(st.floats(0, 0.2), st.floats(0.8, 1)),
+       kind=st.sampled_from(["wav", "aiff"]))
+def test_any_rate_channels_and_stretch_become_16_khz_mono(somewhere, rate, seconds, gains, cut, kind):
+    """A tone of 100 Hz is one of 100 Hz, as loud as the mean of its channels, and as long as the header said."""
+    path, frames = somewhere / f"tone.{kind}", round(seconds * rate)
+    soundfile.write(path, np.sin(2 * np.pi * 100 * np.arange(frames) / rate)[:, None] * gains, rate)
+    (whole,) = from_files([(path, "id", "group", "")], (0.1, 0.1), somewhere).utterances
+    assert len(read(path)) == whole.samples == math.ceil(frames * 16_000 / rate)
+    start, stop = round(cut[0] * frames), round(cut[1] * frames)
+    if (stop - start) / rate < 0.026:
+        return
+    waveform = read(path, start, stop)
+    expected = np.mean(gains) * np.sin(2 * np.pi * 100 * (start / rate + np.arange(len(waveform)) / 16_000))
+    inner = slice(50, -50)                                         # the filter rings at both ends
+    assert np.abs(waveform.numpy() - expected)[inner].max() < (0.02 if rate % 25 == 0 else 0.15)
 
 
 def test_unreadable_sound_is_named_and_left_out(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +120,22 @@ def test_too_short_for_ctc_is_counted(run):
     run("--task", "ctc", "--lam", "0", "1.5", "--epochs", "1")
     slow, fast = (json.loads(p.read_text()) for p in sorted(Path("out").glob("*.json")))
     assert slow["infeasible_test"] == 0 < fast["infeasible_test"] <= 12
+
+
+def test_what_cannot_be_written_leaves_the_points(run, unwritable, monkeypatch, capsys):
+    save_point, saved = finetune.save_point, []
+    def full_at_the_second(path, point):
+        saved.append(path)
+        with unwritable(path.parent) if len(saved) == 2 else nullcontext():
+            save_point(path, point)
+    flags = ("--task", "pool", "--seeds", "2", "--epochs", "1", "--features", "deaf")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"seed1.json could not be written \(.*(too large|denied)"):
+        patch.setattr(finetune, "save_point", full_at_the_second)
+        run(*flags)
+    (first,) = Path("out").iterdir()
+    before = first.read_bytes()
+    run(*flags)
+    assert f"{first} is there" in capsys.readouterr().out and first.read_bytes() == before and len(list(Path("out").iterdir())) == 2
 
 
 def test_same_seed_same_result(run):

@@ -1,21 +1,27 @@
-"""pretrain.py and evaluate.py on forty real prompts: what a run leaves, resuming, dealing batches out, and mistakes."""
+"""pretrain.py and evaluate.py on forty real prompts: what a run leaves, resuming, dealing batches out, kills, full disks and memory."""
 
 import json
 import math
 import os
+import random
 import runpy
+import signal
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from hypothesis import settings
 
 import pretrain
-from data import load, pad
+from data import batches, load, pad
 from evaluate import evaluate, transformer_gflops
 from ofa_encoder import PRESETS, OFAEncoder, load_checkpoint, period_from_lam
 from pretrain import Distiller, draw_lam, guidance
@@ -94,6 +100,17 @@ def test_training_brings_the_loss_down(run, folder):
     assert losses[1][0] < losses[0][0] - 0.2 and losses[1][1] < losses[0][1] - 0.1
 
 
+def assert_same(*outs):
+    """Two runs came to the same end, bit for bit: weights, heads and optimiser."""
+    a, b = (load_checkpoint(f"{out}/checkpoint.pt") for out in outs)
+    assert a["step"] == b["step"] == a["args"]["steps"]
+    for part in ("encoder", "heads"):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    assert a["optimizer"]["state"]
+    for i, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[k], b["optimizer"]["state"][i][k]) for k in state)
+
+
 def test_stopped_and_resumed_is_bit_for_bit_the_same(run, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], dropout=0.1))
     run("--out", "straight", "--save-every", "3")
@@ -106,12 +123,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(run, monkeypatch):
         run("--out", "stopped", "--save-every", "3")
     assert load_checkpoint("stopped/checkpoint.pt")["step"] == 3
     run("--out", "stopped", "--save-every", "3", "--resume")
-    a, b = load_checkpoint("straight/checkpoint.pt"), load_checkpoint("stopped/checkpoint.pt")
-    assert a["step"] == b["step"] == 6
-    for part in ("encoder", "heads"):
-        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
-    for i, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(state[k], b["optimizer"]["state"][i][k]) for k in state)
+    assert_same("straight", "stopped")
 
 
 def test_parts_of_a_batch_add_up(run):
@@ -124,15 +136,140 @@ def test_parts_of_a_batch_add_up(run):
         assert max((whole[k] - v).abs().max() for k, v in weights(f"{other}/checkpoint.pt").items()) <= 1e-5
 
 
-def test_two_processes_train_as_one(run, tmp_path):
-    flags = ["--steps", "3", "--lr", "1e-4"]
+SPY = """
+# pretrain.py as it is; this process notes what it hears and at which λ, and the files that it writes. Rank 1 can be made to die.
+import json, os, runpy, signal, sys
+import boundaries, data, evaluate, ofa_encoder  # before data.loader is replaced: they read sound too
+
+script, log, dies_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+sys.argv = [script, *sys.argv[4:]]
+file, rank, loader, forward, lams = open(log + os.environ["RANK"], "w"), os.environ["RANK"], data.loader, ofa_encoder.OFAEncoder.forward, []
+note = lambda what, value: print(json.dumps([what, value]), file=file, flush=True)
+
+def noted_loader(speech, *rest):
+    for used, *sound in loader(speech, *rest):
+        note("heard", [speech.utterances[i].id for i in used])
+        yield used, *sound
+
+def noted_forward(self, waveforms, lengths=None, lam=0.0):
+    if self.training:
+        note("lam", lam)
+        if rank == "1" and len(lams) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        lams.append(lam)
+    return forward(self, waveforms, lengths, lam)
+
+def audit(event, arguments):
+    if event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        note("wrote", os.path.abspath(arguments[0]))
+    if event == "os.rename":
+        note("wrote", os.path.abspath(arguments[1]))
+
+data.loader, ofa_encoder.OFAEncoder.forward = noted_loader, noted_forward
+sys.addaudithook(audit)
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_two_processes_train_as_one_and_one_that_dies_ends_the_job(run, folder, tmp_path):
+    """An epoch in batches of odd sizes, one of them a single utterance: nothing is left for rank 1. In the first start rank 1 dies in the
+    fourth step, the second after a checkpoint; the second start goes on from there."""
+    train = load(str(folder)).part("train")
+    plan, epoch = batches(train, 8, 0), []
+    while sum(map(len, epoch)) < len(train):
+        epoch.append(next(plan))
+    assert any(len(batch) % 2 for batch in epoch) and min(map(len, epoch)) == 1
+    flags = ["--steps", str(len(epoch)), "--lr", "1e-4", "--save-every", "2"]
     run("--out", "one", *flags)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(REPO / "pretrain.py"),
-                           *run.flags, *flags, "--out", "two"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    Path("spy.py").write_text(SPY)
+
+    def start(log, dies_at, *more):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "spy.py", str(REPO / "pretrain.py"),
+                               log, str(dies_at), *run.flags, *flags, "--out", "two", *more], capture_output=True, text=True, timeout=300,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)})
+        notes = [[json.loads(line) for line in Path(f"{log}{rank}").read_text().splitlines()] for rank in (0, 1)]
+        return done, [{what: [value for w, value in rank if w == what] for what in ("heard", "lam", "wrote")} for rank in notes]
+
+    done, before = start("before", 3)
+    assert done.returncode != 0 and "pretrain.py: another process has died" in done.stderr and "--resume" in done.stderr
+    assert "[rank0]: Traceback" not in done.stderr
+    assert load_checkpoint("two/checkpoint.pt")["step"] == 2 and len(before[1]["lam"]) == 4
+    done, after = start("after", -1, "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("closed form") == 1          # only rank 0 reports
     one, two = weights("one/checkpoint.pt"), weights("two/checkpoint.pt")
     assert max((one[k] - v).abs().max() for k, v in two.items()) <= 1e-5
+
+    lams, heard = ([before[rank][what][:2] + after[rank][what] for rank in (0, 1)] for what in ("lam", "heard"))  # in steps that counted
+    args = SimpleNamespace(seed=0, lam=None, lam_max=1.6, lam_distribution="uniform")
+    assert lams[0] == lams[1] == [draw_lam(args, step, 0.2) for step in range(len(epoch))]
+    assert [] in heard[1] and sorted(sum(heard[0] + heard[1], [])) == sorted(u.id for u in train.utterances)
+    wrote = [{Path(path).name.split(".")[0] for path in rank["wrote"] if path.startswith(str(tmp_path))} for rank in after]
+    assert wrote == [{"checkpoint", "encoder", "table", "figure"}, set()]
+
+
+@pytest.mark.fuzz
+def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(run):
+    """SIGKILL, in turn while a checkpoint is being written and at a random moment of starting, training or writing."""
+    kills = 20 if settings.get_current_profile_name() == "fuzz" else 3
+    flags = ["--steps", str(6 * kills), "--save-every", "1"]
+    run("--out", "straight", *flags)
+    command = [sys.executable, str(REPO / "pretrain.py"), *run.flags, *flags, "--out", "killed", "--resume"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    chance, checkpoint, boot, steps, half_written = random.Random(0), Path("killed/checkpoint.pt"), 0, [], 0
+    for kill in range(kills):
+        process, began = subprocess.Popen(command, **quiet), time.time()
+        partial, there, writes = checkpoint.with_name(f"{checkpoint.name}.{process.pid}.partial"), False, 0
+        wanted, moment = (chance.randint(1, 3), math.inf) if kill % 2 == 0 else (math.inf, chance.uniform(0, boot + 1))
+        while process.poll() is None and writes < wanted and time.time() - began < moment:
+            time.sleep(0.001)
+            before, there = there, partial.exists()
+            writes += there and not before
+            boot = boot or there * (time.time() - began)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        steps.append(load_checkpoint(checkpoint)["step"] if checkpoint.exists() else 0)  # never a corrupt one
+        half_written += partial.exists()
+    print(f"killed {kills} times, at steps {steps} of {6 * kills}; {half_written} times a half-written file was left")
+    assert half_written and steps == sorted(steps) and steps[-1] < 6 * kills
+    run("--out", "killed", *flags, "--resume")
+    assert_same("straight", "killed")
+    assert not list(Path("killed").glob("*.partial"))
+
+
+def test_what_cannot_be_written_leaves_the_last_checkpoint(run, unwritable, monkeypatch):
+    run("--out", "straight", "--save-every", "2")
+    save, saved = pretrain.save, []
+    def full_at_the_second(content, path):
+        saved.append(path)
+        with unwritable(path.parent) if len(saved) == 2 else nullcontext():
+            save(content, path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"stopped/checkpoint.pt could not be written \(.*(too large|denied).*was there before is intact"):
+        patch.setattr(pretrain, "save", full_at_the_second)
+        run("--out", "stopped", "--save-every", "2")
+    assert load_checkpoint("stopped/checkpoint.pt")["step"] == 2 and [p.name for p in Path("stopped").iterdir()] == ["checkpoint.pt"]
+    run("--out", "stopped", "--save-every", "2", "--resume")
+    assert_same("straight", "stopped")
+
+
+def test_memory_does_not_grow_with_the_corpus(folder, tmp_path):
+    """Peak memory of whole runs, all that they start included, on links to one second of speech: ten times as many are 140 MB more of sound,
+    and must cost less than 30. What grows is some kilobytes an utterance for its name and boundaries and, up to 400 utterances, the
+    sample on which codes are found. One length, since oneDNN keeps memory for every shape of batch that it meets, up to a limit of its own."""
+    peaks, whole = [], load(str(folder))[0]
+    soundfile.write(tmp_path / "second.wav", whole.repeat(2)[:16_000].numpy(), 16_000)
+    for count in (240, 2400):
+        (tmp_path / f"{count}").mkdir()
+        for n in range(count):
+            (tmp_path / f"{count}/{n}.wav").symlink_to(tmp_path / "second.wav")
+        process = subprocess.Popen([sys.executable, str(REPO / "pretrain.py"), "--data", f"{count}", "--root", "root", "--out", f"out-{count}", "--workers", "1",
+                                    "--steps", "4", "--batch-seconds", "8", "--lam", "0.5", "--device", "cpu"], cwd=tmp_path,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        _, status, used = os.wait4(process.pid, 0)
+        assert status == 0
+        peaks.append(used.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+    print(f"peak memory: {peaks[0]:.0f} MB with 240 files, {peaks[1]:.0f} MB with 2,400")
+    assert peaks[1] < peaks[0] + 30
 
 
 def test_guidance_by_hand():
@@ -194,3 +331,9 @@ def test_non_finite_loss_stops_with_its_cause(run, monkeypatch):
         run("--out", "bad", "--save-every", "2")
     content = load_checkpoint("bad/checkpoint.pt")
     assert content["step"] == 4 and all(v.isfinite().all() for v in content["encoder"].values())
+
+
+def test_nan_in_alpha_stops_with_its_cause(run, monkeypatch):
+    monkeypatch.setattr(pretrain, "initialise", lambda encoder, teacher: encoder.alpha_predictor.linear.bias.data.fill_(math.nan).numel())
+    with pytest.raises(FloatingPointError, match=r"step 0, λ = .*: alpha .*NaN.*, utterances \['.*\.wav'.*there is no checkpoint yet"):
+        run("--out", "bad")
