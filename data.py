@@ -199,9 +199,11 @@ def librispeech(subsets: list[str], root: Path) -> Speech:
             finally:
                 shutil.rmtree(unpacked, ignore_errors=True)
         data = torchaudio.datasets.LIBRISPEECH(root, subset)
-        for n in range(len(data._walker)):
-            path, _, text, speaker, _, _ = data.get_metadata(n)
-            entries.append((root / "LibriSpeech" / path, Path(path).stem, f"speaker {speaker}", text.lower()))
+        try:
+            for path, _, text, speaker, _, _ in map(data.get_metadata, range(len(data._walker))):
+                entries.append((root / "LibriSpeech" / path, Path(path).stem, f"speaker {speaker}", text.lower()))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{root / 'LibriSpeech' / subset} is not as LibriSpeech is distributed ({error})") from None
     return from_files(entries, held_out=(0.01, 0.01), where=root / "LibriSpeech")
 
 

@@ -67,8 +67,8 @@ def load_teacher(name, layers=None, heads=None):
     if name == "hubert_base":
         try:
             model = torchaudio.pipelines.HUBERT_BASE.get_model()
-        except OSError as error:
-            raise OSError(f"HuBERT Base could not be downloaded ({error}). Fetch {torchaudio.pipelines.HUBERT_BASE._path} on a "
+        except Exception as error:  # a damaged file in the cache: torch has a different exception for each
+            raise OSError(f"HuBERT Base could not be downloaded, or is damaged ({str(error):.200}). Fetch {torchaudio.pipelines.HUBERT_BASE._path} on a "
                           f"machine with a network and put it into {torch.hub.get_dir()}/checkpoints, "
                           "or use --teacher FILE, or --teacher mfcc, which needs no download") from None
     else:

@@ -48,6 +48,8 @@ FILES = {
     "list/pool-encoder-lam0-seed0.json": "[]", "bare/pool-encoder-lam0-seed0.json": '{"config": {}, "metric": "CER", "test": 1}',
     "points/half/1.json": '{"config": {"task":', "bare-points/bare/1.json": '{"config": {}, "metric": "CER", "test": 1}',
     "number/pool-encoder-lam0-seed0.json": '{"config": 3, "metric": "CER", "test": 1}', "cut-corpus/asterisk.pt": b"PK\x03\x04 cut off",
+    "root/LibriSpeech/dev-clean/84/121123/84-121123-0000.flac": "", "root/LibriSpeech/dev-other/84/121123/._84-121123-0000.flac": "",
+    "hub/checkpoints/hubert_fairseq_base_ls960.pth": b"PK\x03\x04 cut off",
     "cut-deb/downloads/asterisk-core-sounds-en_1.6.1-1_all.deb": b"!<arch>\n cut off", "sound-and-text/notes.txt": "no sound",
 }
 
@@ -87,6 +89,7 @@ def place(folder, tmp_path_factory):
         sides = ("train", "train", "train", "valid", "test")
         rows = [f"forty/{p.name}\t{p.name[:2] == 'en'}\t{sides[n % 5]}\n" for n, p in enumerate(sorted(Path("forty").glob("*.wav")))]
         Path("good.tsv").write_text(SPLIT + "".join(rows))
+        Path("nan-sound.tsv").write_text(SPLIT + "".join(rows) + "nan.wav\tTrue\ttrain\n")
 
         torch.manual_seed(0)
         encoder = OFAEncoder(PRESETS["tiny"]).checkpoint()
@@ -140,6 +143,8 @@ ROWS = [
     ("a folder of corrupted sound", "pretrain.py --data folder-of-bytes", "no usable sound file in folder-of-bytes: 1 were left out"),
     ("an unknown subset of LibriSpeech", "pretrain.py --data librispeech:train-clean-99", "train-clean-99"),
     ("no subset of LibriSpeech", "pretrain.py --data librispeech:", "train-clean-100"),
+    ("LibriSpeech without its transcripts", "pretrain.py --data librispeech:dev-clean", "root/LibriSpeech/dev-clean is not as LibriSpeech is distributed"),
+    ("LibriSpeech with a stray file", "pretrain.py --data librispeech:dev-other", "root/LibriSpeech/dev-other is not as LibriSpeech is distributed"),
     ("a file for the root", "pretrain.py --root a-file", "a-file"),
     ("a corpus that was cut off", "pretrain.py --data asterisk --root cut-corpus", "cut-corpus/asterisk.pt is damaged"),
     ("a corpus with a payload", "pretrain.py --data asterisk --root payload-corpus", "payload-corpus/asterisk.pt is damaged"),
@@ -148,6 +153,7 @@ ROWS = [
     ("a damaged package and no network", "pretrain.py --data asterisk --root cut-deb", "not the expected file: its SHA-256 differs"),
     # the teacher, boundaries
     ("a teacher that is not there", "pretrain.py --teacher nowhere.pt", "no checkpoint at nowhere.pt"),
+    ("a damaged HuBERT Base in the cache", "pretrain.py --teacher hubert_base", "HuBERT Base could not be downloaded, or is damaged"),
     ("text as the teacher", "pretrain.py --teacher text.pt", "text.pt is no checkpoint"),
     ("our own encoder as the teacher", "pretrain.py --teacher encoder.pt", "encoder.pt is no state_dict of a HuBERT"),
     ("a teacher with a payload", "pretrain.py --teacher payload.pt", "payload.pt is no checkpoint"),
@@ -243,6 +249,7 @@ ROWS = [
     ("a sound file that is not there", "finetune.py --data gone.tsv", "line 2: no such file: missing.wav"),
     ("a folder for a sound file", "finetune.py --data folder.tsv", "line 2: no such file: forty"),
     ("corrupted sound alone", "finetune.py --data no-sound.tsv", "no usable sound file in no-sound.tsv"),
+    ("NaN in a file of the TSV", "finetune.py --data nan-sound.tsv", "nan.wav: holds NaN or infinite samples"),
     ("no label", "finetune.py --data no-value.tsv", "line 2: path or label is empty"),
     ("a row that is too short", "finetune.py --data short-row.tsv", "line 2: path or label is empty"),
     ("a file in two splits", "finetune.py --data twice.tsv", "line 4: ./a.wav is in test and in train"),
@@ -358,6 +365,7 @@ ROWS = [
 def test_the_mistake_is_named(place, monkeypatch, capsys, how, words):
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("TORCH_HOME", str(place))
     really_open = urllib.request.urlopen
     def offline(address, *rest, **more):
         if address.startswith("file:"):
