@@ -121,7 +121,7 @@ def read(path, speech: Speech) -> list[np.ndarray]:
         except UnicodeDecodeError:
             raise ValueError(f"{path}, after line {number}: not UTF-8") from None
         except ValueError:
-            raise ValueError(f"{path}, line {number} ({id}): expected an id, a tab, and one or more times >= 0 in seconds, separated by spaces") from None
+            raise ValueError(f"{path}, line {number} ({id}): expected an id, a tab, and times >= 0 in seconds, separated by spaces") from None
     missing = [u.id for u in speech.utterances if u.id not in lines]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of {len(speech)} utterances, among them {missing[0]}")

@@ -204,7 +204,8 @@ def main():
     if (folder / "firing.json").exists():
         try:
             firing = json.loads((folder / "firing.json").read_text(encoding="utf-8"))
-            text += ["## Where tokens fire", f"Agreement with pseudo-boundaries on held-out speech, ± {firing['tolerance_ms']} ms (firing.py).", firing_table(firing["rows"])]
+            text += ["## Where tokens fire", f"Agreement with pseudo-boundaries on held-out speech, ± {firing['tolerance_ms']} ms (firing.py).",
+                     firing_table(firing["rows"])]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{folder / 'firing.json'} is no table of firing.py, or it is damaged: make it anew with `make results`") from None
     (folder / "results.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")

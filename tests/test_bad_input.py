@@ -38,10 +38,11 @@ HEADER, SPLIT = "path\tlabel\n", "path\tlabel\tsplit\n"
 FILES = {
     "a-file": "not a folder", "text.pt": "not a checkpoint", "cut.pt": b"PK\x03\x04 cut off", "empty.pt": "",
     "empty.tsv": "", "header.tsv": HEADER, "file-column.tsv": "file\tlabel\na.wav\tx\n", "no-label.tsv": "path\ttext\na.wav\tx\n",
-    "gone.tsv": HEADER + "missing.wav\tx\n", "folder.tsv": HEADER + "forty\tx\n", "no-value.tsv": HEADER + "a.wav\t\n", "short-row.tsv": HEADER + "a.wav\n",
-    "dev.tsv": SPLIT + "a.wav\tx\tdev\n", "no-test.tsv": SPLIT + "a.wav\tx\ttrain\nb.wav\tx\tvalid\n", "three.tsv": HEADER + "a.wav\tx\nb.wav\tx\nc.wav\tx\n",
-    "twice.tsv": SPLIT + "a.wav\tx\ttrain\n\n./a.wav\tx\ttest\n", "unseen.tsv": SPLIT + "a.wav\tx\ttrain\nb.wav\tx\tvalid\nc.wav\ty\ttest\n",
-    "commas.tsv": "path,label\na.wav,x\n", "latin-1.tsv": (HEADER + "a.wav\tMüller\n").encode("latin-1"), "utf-16.tsv": (HEADER + "a.wav\tx\n").encode("utf-16"),
+    "gone.tsv": HEADER + "missing.wav\tx\n", "folder.tsv": HEADER + "forty\tx\n", "no-value.tsv": HEADER + "a.wav\t\n",
+    "short-row.tsv": HEADER + "a.wav\n", "dev.tsv": SPLIT + "a.wav\tx\tdev\n", "no-test.tsv": SPLIT + "a.wav\tx\ttrain\nb.wav\tx\tvalid\n",
+    "three.tsv": HEADER + "a.wav\tx\nb.wav\tx\nc.wav\tx\n", "twice.tsv": SPLIT + "a.wav\tx\ttrain\n\n./a.wav\tx\ttest\n",
+    "unseen.tsv": SPLIT + "a.wav\tx\ttrain\nb.wav\tx\tvalid\nc.wav\ty\ttest\n", "commas.tsv": "path,label\na.wav,x\n",
+    "latin-1.tsv": (HEADER + "a.wav\tMüller\n").encode("latin-1"), "utf-16.tsv": (HEADER + "a.wav\tx\n").encode("utf-16"),
     "long.tsv": HEADER + "a.wav\t" + "x" * 200_000, "no-sound.tsv": HEADER + "bytes.wav\tx\n", "table.csv": "path,label\n",
     "bytes.wav": b"RIFF and then nothing", "no-bytes.wav": "", "bytes.tsv": bytes(range(256)), "other.tsv": "other\t0.1\n", "word.tsv": "other\tx\n",
     "no-times.tsv": "other\t\n", "nan.tsv": "other\tnan\n", "negative.tsv": "other\t-1\n", "half/pool-encoder-lam0-seed0.json": '{"config": {"task":',
@@ -96,14 +97,16 @@ def place(folder, tmp_path_factory):
         save(encoder, "encoder.pt")
         save(OFAEncoder(replace(PRESETS["tiny"], compression="average2")).checkpoint(), "fixed.pt")
         channels = [(32, k, s) for k, s in zip((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2))]
-        save(torchaudio.models.wav2vec2_model("group_norm", channels, False, 128, 0, 16, 4, 3, 2, 0, 64, 0, 0, False, 0, None).state_dict(), "hubert.pt")
+        hubert = torchaudio.models.wav2vec2_model("group_norm", channels, False, 128, 0, 16, 4, 3, 2, 0, 64, 0, 0, False, 0, None)
+        save(hubert.state_dict(), "hubert.pt")
         Path("truncated.pt").write_bytes(Path("encoder.pt").read_bytes()[:50_000])
         Path("payload.pt").write_bytes(pickle.dumps(Payload(), 2))
         call("pretrain.py --out run")
         run = torch.load("run/checkpoint.pt", weights_only=True)
         for name, content in {
                 "payload-inside.pt": {**encoder, "config": Payload()}, "foreign.pt": {"model": 1}, "tensor.pt": torch.ones(1), "list.pt": [1, 2],
-                "other-size.pt": {**encoder, "config": {**encoder["config"], "dim": 128}}, "odd-heads.pt": {**encoder, "config": {**encoder["config"], "heads": 5}},
+                "other-size.pt": {**encoder, "config": {**encoder["config"], "dim": 128}},
+                "odd-heads.pt": {**encoder, "config": {**encoder["config"], "heads": 5}},
                 "nan.pt": {**encoder, "encoder": {k: v * torch.nan for k, v in encoder["encoder"].items()}},
                 "gone-corpus.pt": {**run, "args": {**run["args"], "data": "gone"}}, "other-heads.pt": {**run, "heads": {"0.bias": torch.ones(39)}},
                 "no-args.pt": {k: v for k, v in run.items() if k != "args"},
@@ -195,13 +198,13 @@ ROWS = [
     ("a file for --out", "pretrain.py --out a-file", "a-file"),
     ("a folder in a file for --out", "pretrain.py --out a-file/new", "a-file/new"),
     ("an --out where nobody may write", "pretrain.py --out /proc/new", "/proc/new"),
-    ("an --out that holds a run", "pretrain.py --out run", "run/checkpoint.pt is the checkpoint of an earlier run: go on with it by --resume, or choose another --out"),
-    ("going on with another learning rate", "pretrain.py --out run --resume --lr 0.5", "run/checkpoint.pt is of another run (flag: now, then): {'lr': (0.5, 0.001)}"),
+    ("an --out that holds a run", "pretrain.py --out run", "run/checkpoint.pt is the checkpoint of an earlier run: go on with it by --resume"),
+    ("going on with another learning rate", "pretrain.py --out run --resume --lr 0.5", "of another run (flag: now, then): {'lr': (0.5, 0.001)}"),
     ("going on with another preset", "pretrain.py --out run --resume --preset base", "{'preset': ('base', 'tiny')}"),
     ("going on from an encoder", "pretrain.py --out of-encoder --resume", "of-encoder/checkpoint.pt can't be resumed: pretrain.py did not write it"),
     ("going on from a cut checkpoint", "pretrain.py --out of-cut --resume", "of-cut/checkpoint.pt is no checkpoint, or it is damaged"),
-    ("going on from a payload", "pretrain.py --out of-payload --resume", "of-payload/checkpoint.pt is no checkpoint, or it is damaged, or it holds more than tensors"),
-    ("going on from nearly nothing", "pretrain.py --out of-nothing --resume", "of-nothing/checkpoint.pt can't be resumed: it is damaged (KeyError('args'))"),
+    ("going on from a payload", "pretrain.py --out of-payload --resume", "of-payload/checkpoint.pt is no checkpoint"),
+    ("going on from nearly nothing", "pretrain.py --out of-nothing --resume", "can't be resumed: it is damaged (KeyError('args'))"),
     ("going on with weights of another size", "pretrain.py --out of-other-size --resume", "of-other-size/checkpoint.pt can't be resumed: it is damaged"),
     ("a folder called checkpoint.pt", "pretrain.py --out as-folder --resume", "no checkpoint at as-folder/checkpoint.pt"),
 
@@ -216,7 +219,7 @@ ROWS = [
     ("a HuBERT, of another width, as the encoder", "finetune.py --checkpoint hubert.pt", "hubert.pt holds no encoder of this project"),
     ("text as the encoder", "finetune.py --checkpoint text.pt", "text.pt is no checkpoint"),
     ("an encoder that was cut off", "finetune.py --checkpoint truncated.pt", "truncated.pt is no checkpoint, or it is damaged"),
-    ("an encoder with a payload", "finetune.py --checkpoint payload.pt", "payload.pt is no checkpoint, or it is damaged, or it holds more than tensors"),
+    ("an encoder with a payload", "finetune.py --checkpoint payload.pt", "or it holds more than tensors and plain values"),
     ("a payload inside of an encoder", "finetune.py --checkpoint payload-inside.pt", "payload-inside.pt is no checkpoint"),
     ("an encoder of NaN", "finetune.py --checkpoint nan.pt", "nan.pt holds NaN"),
     ("no seeds", "finetune.py --seeds 0", "--seeds is 0"),
@@ -277,7 +280,7 @@ ROWS = [
     ("tasks without a network", "tasks.py", "the embedded corpus could not be fetched"),
     ("boundaries without a network", "boundaries.py", "the embedded corpus could not be fetched"),
     ("an example of what is heard without a network", "heard.py", "the embedded corpus could not be fetched"),
-    ("an encoder where heads are needed", "evaluate.py encoder.pt", "encoder.pt holds no heads: give the checkpoint.pt that pretrain.py writes, not encoder.pt"),
+    ("an encoder where heads are needed", "evaluate.py encoder.pt", "encoder.pt holds no heads: give the checkpoint.pt that pretrain.py"),
     ("nothing pre-trained", "evaluate.py", "no checkpoint at runs/demo/checkpoint.pt"),
     ("a checkpoint of a corpus that has gone", "evaluate.py gone-corpus.pt", "no such folder: gone"),
     ("a checkpoint with the heads of another", "evaluate.py other-heads.pt", "other-heads.pt is damaged"),
@@ -314,8 +317,9 @@ ROWS = [
     ("nan ms", lambda: lam_from_period(float("nan"), 0.22), "a frame period of nan ms"),
     ("endless ms", lambda: lam_from_period(float("inf"), 0.22), "a frame period of inf ms"),
     *((f"{what} to load", lambda name=name: OFAEncoder.from_checkpoint(f"{name}.pt"), f"{name}.pt") for name, what in (
-        ("nowhere", "no file"), ("folder", "a folder"), ("empty", "an empty file"), ("cut", "a cut file"), ("payload", "a payload"), ("foreign", "foreign weights"),
-        ("tensor", "a tensor"), ("list", "a list"), ("other-size", "weights of another size"), ("odd-heads", "heads that do not divide"), ("nan", "NaN"))),
+        ("nowhere", "no file"), ("folder", "a folder"), ("empty", "an empty file"), ("cut", "a cut file"), ("payload", "a payload"),
+        ("foreign", "foreign weights"), ("tensor", "a tensor"), ("list", "a list"), ("other-size", "weights of another size"),
+        ("odd-heads", "heads that do not divide"), ("nan", "NaN"))),
     # CIF
     ("frames without a batch", lambda: both(x[0], a), "x has shape (4, 3)"),
     ("no frames", lambda: both(x[:, :0], a[:, :0]), "x has shape (2, 0, 3)"),

@@ -20,6 +20,7 @@ import soundfile
 import torch
 from hypothesis import settings
 
+import data
 import pretrain
 from data import batches, load, pad
 from evaluate import evaluate, transformer_gflops
@@ -172,8 +173,8 @@ runpy.run_path(script, run_name="__main__")
 
 
 def test_two_processes_train_as_one_and_one_that_dies_ends_the_job(run, folder, tmp_path):
-    """An epoch in batches of odd sizes, one of them a single utterance: nothing is left for rank 1. In the first start rank 1 dies in the
-    fourth step, the second after a checkpoint; the second start goes on from there."""
+    """An epoch in batches of odd sizes, which each process takes in two parts; one of them is a single utterance: nothing is left for rank 1.
+    In the first start rank 1 dies in the fourth step, the second after a checkpoint; the second start goes on from there."""
     train = load(str(folder)).part("train")
     plan, epoch = batches(train, 8, 0), []
     while sum(map(len, epoch)) < len(train):
@@ -184,28 +185,38 @@ def test_two_processes_train_as_one_and_one_that_dies_ends_the_job(run, folder, 
     Path("spy.py").write_text(SPY)
 
     def start(log, dies_at, *more):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "spy.py", str(REPO / "pretrain.py"),
-                               log, str(dies_at), *run.flags, *flags, "--out", "two", *more], capture_output=True, text=True, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)})
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "spy.py",
+                               str(REPO / "pretrain.py"), log, str(dies_at), *run.flags, *flags, "--accumulate", "2", "--out", "two", *more],
+                              capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)})
         notes = [[json.loads(line) for line in Path(f"{log}{rank}").read_text().splitlines()] for rank in (0, 1)]
         return done, [{what: [value for w, value in rank if w == what] for what in ("heard", "lam", "wrote")} for rank in notes]
 
-    done, before = start("before", 3)
-    assert done.returncode != 0 and "pretrain.py: another process has died" in done.stderr and "--resume" in done.stderr
-    assert "[rank0]: Traceback" not in done.stderr
-    assert load_checkpoint("two/checkpoint.pt")["step"] == 2 and len(before[1]["lam"]) == 4
+    done, before = start("before", 6)
+    assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr and "[rank0]: Traceback" not in done.stderr
+    assert load_checkpoint("two/checkpoint.pt")["step"] == 2 and len(before[1]["lam"]) == 7
     done, after = start("after", -1, "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("closed form") == 1          # only rank 0 reports
     one, two = weights("one/checkpoint.pt"), weights("two/checkpoint.pt")
     assert max((one[k] - v).abs().max() for k, v in two.items()) <= 1e-5
 
-    lams, heard = ([before[rank][what][:2] + after[rank][what] for rank in (0, 1)] for what in ("lam", "heard"))  # in steps that counted
+    lams, heard = ([before[rank][what][:4] + after[rank][what] for rank in (0, 1)] for what in ("lam", "heard"))  # in steps that counted
     args = SimpleNamespace(seed=0, lam=None, lam_max=1.6, lam_distribution="uniform")
-    assert lams[0] == lams[1] == [draw_lam(args, step, 0.2) for step in range(len(epoch))]
+    assert lams[0] == lams[1] == [draw_lam(args, step, 0.2) for step in range(len(epoch)) for _ in range(2)]
     assert [] in heard[1] and sorted(sum(heard[0] + heard[1], [])) == sorted(u.id for u in train.utterances)
     wrote = [{Path(path).name.split(".")[0] for path in rank["wrote"] if path.startswith(str(tmp_path))} for rank in after]
     assert wrote == [{"checkpoint", "encoder", "table", "figure"}, set()]
+
+
+def test_the_death_of_another_process_is_told_from_a_bug(run, monkeypatch):
+    """Of the message that the others end with, if torchrun leaves them the time."""
+    for message, end, words in (("[/gloo/transport/tcp/pair.cc:545] Connection reset by peer", SystemExit, "another process has died"),
+                                ("shapes do not fit", RuntimeError, "shapes do not fit")):
+        def stop(*arguments, **more):
+            raise RuntimeError(message)
+        monkeypatch.setattr(data, "load", stop)
+        with pytest.raises(end, match=words):
+            runpy_main("pretrain.py", *run.flags, "--out", "new")
 
 
 @pytest.mark.fuzz
@@ -244,7 +255,8 @@ def test_what_cannot_be_written_leaves_the_last_checkpoint(run, unwritable, monk
         saved.append(path)
         with unwritable(path.parent) if len(saved) == 2 else nullcontext():
             save(content, path)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"stopped/checkpoint.pt could not be written \(.*(too large|denied).*was there before is intact"):
+    message = r"stopped/checkpoint.pt could not be written \(.*(too large|denied).*was there before is intact"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=message):
         patch.setattr(pretrain, "save", full_at_the_second)
         run("--out", "stopped", "--save-every", "2")
     assert load_checkpoint("stopped/checkpoint.pt")["step"] == 2 and [p.name for p in Path("stopped").iterdir()] == ["checkpoint.pt"]
@@ -262,9 +274,9 @@ def test_memory_does_not_grow_with_the_corpus(folder, tmp_path):
         (tmp_path / f"{count}").mkdir()
         for n in range(count):
             (tmp_path / f"{count}/{n}.wav").symlink_to(tmp_path / "second.wav")
-        process = subprocess.Popen([sys.executable, str(REPO / "pretrain.py"), "--data", f"{count}", "--root", "root", "--out", f"out-{count}", "--workers", "1",
-                                    "--steps", "4", "--batch-seconds", "8", "--lam", "0.5", "--device", "cpu"], cwd=tmp_path,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen([sys.executable, str(REPO / "pretrain.py"), "--data", f"{count}", "--root", "root", "--out", f"out-{count}",
+                                    "--workers", "1", "--steps", "4", "--batch-seconds", "8", "--lam", "0.5", "--device", "cpu"],
+                                   cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
         _, status, used = os.wait4(process.pid, 0)
         assert status == 0
         peaks.append(used.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
