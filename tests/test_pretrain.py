@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,9 @@ import torch
 from hypothesis import settings
 
 import data
+import evaluate as evaluate_module
 import pretrain
-from data import batches, load, pad
+from data import batches, load, loader, pad
 from evaluate import evaluate, transformer_gflops
 from ofa_encoder import PRESETS, OFAEncoder, load_checkpoint, period_from_lam
 from pretrain import Distiller, draw_lam, guidance
@@ -231,7 +233,7 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(run):
     for kill in range(kills):
         process, began = subprocess.Popen(command, **quiet), time.time()
         partial, there, writes = checkpoint.with_name(f"{checkpoint.name}.{process.pid}.partial"), False, 0
-        wanted, moment = (chance.randint(1, 3), math.inf) if kill % 2 == 0 else (math.inf, chance.uniform(0, boot + 1))
+        wanted, moment = (chance.randint(1, 3), math.inf) if kill % 2 == 0 else (math.inf, chance.uniform(0.3, 1.5) * boot)
         while process.poll() is None and writes < wanted and time.time() - began < moment:
             time.sleep(0.001)
             before, there = there, partial.exists()
@@ -282,6 +284,21 @@ def test_memory_does_not_grow_with_the_corpus(folder, tmp_path):
         peaks.append(used.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
     print(f"peak memory: {peaks[0]:.0f} MB with 240 files, {peaks[1]:.0f} MB with 2,400")
     assert peaks[1] < peaks[0] + 30
+
+
+def test_evaluation_does_not_keep_what_it_has_heard(asterisk, monkeypatch):
+    """Of ten batches no more than three are in memory at once: this one, the one before, and the sample on which work is counted."""
+    arrays, most = [], []
+    def watched_loader(speech, plan):
+        for used, waveforms, lengths in loader(speech, plan):
+            array = waveforms.numpy().copy()
+            arrays.append(weakref.ref(array))
+            most.append(sum(a() is not None for a in arrays))
+            waveforms, array = torch.from_numpy(array), None
+            yield used, waveforms, lengths
+    monkeypatch.setattr(evaluate_module, "loader", watched_loader)
+    evaluate(Distiller(OFAEncoder(PRESETS["tiny"]), [39]), load_teacher("mfcc"), asterisk.few(160), (1.0,))
+    assert len(arrays) == 11 and max(most) <= 3
 
 
 def test_guidance_by_hand():
