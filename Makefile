@@ -1,6 +1,6 @@
 # make demo       pre-train a once-for-all encoder on two CPU cores: table, figure, checkpoint in runs/demo
 # make test       all tests
-# make fuzz       the property tests with 10,000 cases each (1,000 where a case takes long), and 20 kills of a pre-training instead of 3
+# make fuzz       the property tests with 10,000 cases each (1,000 where a case takes long), and 20 kills of a pre-training: a quarter of an hour
 # make notebooks  execute the notebooks and keep what they print and draw
 # make results    tables and figures of results/, from the points there (a minute)
 # make sweep      pre-train the peers and compute all points anew, into runs/results (some five hours on two cores; -j2 uses both);

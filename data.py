@@ -132,7 +132,7 @@ def read(path, start=0, stop=None) -> Tensor:
         sound, rate = soundfile.read(path, start=start, stop=stop, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
         raise ValueError(f"{path}: {error}") from None
-    # The resampling filter grows as the rates' common divisor shrinks: to gigabytes at 8001 Hz. Odd rates are rounded, by 0.2 % at the most.
+    # The resampling filter grows as the rates' common divisor shrinks: to gigabytes at 8001 Hz. Odd rates are rounded, by 12 Hz at the most.
     waveform = torchaudio.functional.resample(torch.from_numpy(sound).mean(1), 25 * max(1, round(rate / 25)), SAMPLE_RATE)
     waveform = torch.nn.functional.pad(waveform, (0, math.ceil(len(sound) * SAMPLE_RATE / rate) - len(waveform)))
     if len(waveform) < MIN_SAMPLES:

@@ -101,7 +101,7 @@ def check_numbers(args, *names, zero=False):
     for name in names:
         value = getattr(args, name)
         if value is not None and not (0 < value < 2**63 or zero and value == 0):
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a {'number from 0' if zero else 'number over 0'}")
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a number {'from' if zero else 'over'} 0")
 
 
 class Distiller(nn.Module):
