@@ -43,11 +43,11 @@ import torch
 from torch import nn
 
 from finetune import arguments, check, prepare, train
+from flags import check_numbers
 from heads import emissions
 from heard import Frames, Heard, Learner
 from ofa_encoder import FRAME_MS
 from points import command, cost_of, is_there, save_point
-from pretrain import check_numbers
 
 LIMIT = 1.99  # at 2, α′ is 0 and nothing fires
 

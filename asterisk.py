@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ofa_encoder import MIN_SAMPLES, SAMPLE_RATE, save, whole
+from files import save, whole
+from ofa_encoder import MIN_SAMPLES, SAMPLE_RATE
 
 MAX_SECONDS = 15.0
 

@@ -38,6 +38,7 @@ import ofa_encoder
 import pretrain
 from cif import cif
 from data import batches, load
+from flags import pick_device, use_bf16
 from ofa_encoder import PRESETS, SAMPLE_RATE, OFAEncoder, modify_alpha
 from teachers import Wav2Vec2Teacher, load_teacher
 from timing import interleaved, mib, ms, peak_bytes, show, wait
@@ -173,7 +174,7 @@ def pretraining_section(device, repeats) -> dict:
     show(f"pretrain.py {' '.join(FLAGS)}: {speed:.0f} s of audio a second ({min(speeds):.0f} to {max(speeds):.0f} in rounds of {STEPS} steps), "
          f"{ms(step_s)} ms a step, of which in % (other: heads, losses, moving data)", list(split), [[f"{100 * v:.1f}" for v in split.values()]])
     return {"step_s": step_s, "audio_s_per_s": speed, "of_rounds": speeds, "split": split,
-            "against_peer": step_against_peer(device, repeats, pretrain.use_bf16(args, device))}
+            "against_peer": step_against_peer(device, repeats, use_bf16(args, device))}
 
 
 def plain(config, layers):
@@ -253,7 +254,7 @@ def main():
     args = parser.parse_args()
     if args.repeats < 1 or not set(args.sections) <= SECTIONS.keys():
         raise ValueError(f"--repeats is {args.repeats} and the sections are {args.sections}, expected 1 or more, and some of {', '.join(SECTIONS)}")
-    device = pretrain.pick_device(args.device)
+    device = pick_device(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     result = {"machine": f"{name}, {torch.get_num_threads()} threads, {device}, torch {torch.__version__}", "date": time.strftime("%Y-%m-%d"),
               "repeats": args.repeats}

@@ -28,7 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Speech, loader
-from ofa_encoder import FRAME_MS, MIN_SAMPLES, whole
+from files import whole
+from ofa_encoder import FRAME_MS, MIN_SAMPLES
 
 
 def frames_of(samples) -> int:

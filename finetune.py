@@ -30,11 +30,11 @@ from torch import nn
 from tqdm import tqdm
 
 from data import SPLITS
+from flags import check_numbers, pick_device, use_bf16
 from heads import CTCHead, PoolHead, Seq2SeqHead
 from heard import FEATURES, Frames, Heard, Learner, Live
 from ofa_encoder import OFAEncoder, check_lam
 from points import command, cost_of, is_there, save_point
-from pretrain import check_numbers, pick_device, use_bf16
 from superb import METRICS, SUPERB, load_superb
 from tasks import HIGHER_IS_BETTER, KINDS, Task, load_task
 

@@ -22,12 +22,8 @@ layers are torchaudio's wav2vec 2.0 modules, so HuBERT's weights fit by name.
 `python ofa_encoder.py` runs an untrained encoder at several λ.
 """
 
-import io
 import math
-import os
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -36,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, pad, relu
 
 from cif import Fired, cif
+from files import load_checkpoint
 
 FRAME_MS = 20
 SAMPLE_RATE = 16_000
@@ -242,45 +239,6 @@ class OFAEncoder(nn.Module):
         if not all(v.isfinite().all() for v in encoder.state_dict().values()):
             raise ValueError(f"{path} holds NaN or infinite weights")
         return encoder.float().eval()
-
-
-def load_checkpoint(path, map_location="cpu"):
-    """torch.load, safely, with a ValueError that says what is wrong with the file."""
-    if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {path}: pre-train one with `make demo` or pretrain.py")
-    try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # truncated, pickled code, no checkpoint at all: torch has a different exception for each
-        raise ValueError(f"{path} is no checkpoint, or it is damaged, or it holds more than tensors and plain values, which is not "
-                         f"loaded because it could run code ({type(error).__name__})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
-    return content
-
-
-def save(content, path):
-    """torch.save to path, whole or not at all. Raises OSError, say if the disk is full."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)  # to memory first: writing a file, torch hides why it failed
-    with whole(path) as file:
-        file.write(buffer.getbuffer())
-
-
-@contextmanager
-def whole(path):
-    """A file to write bytes to. Whatever happens, path is left with either what it held or all that is written now."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            yield file
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"{path} could not be written ({error}); what was there before is intact") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def cnn_features(extractor, waveforms, lengths):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from ofa_encoder import whole
+from files import whole
 
 NEEDED = {"config", "metric", "test", "valid", "epochs", "infeasible_test", "test_utterances", "frame_period_ms", "transformer_gflops_per_s",
           "train_s", "machine", "date"}  # what results.py reads

@@ -44,8 +44,9 @@ from cif import expand
 from data import batches, load, loader
 from evaluate import PERIODS_MS, evaluate, print_table
 from figures import utterance_figure
-from ofa_encoder import (COMPRESSIONS, FRAME_MS, PRESETS, SAMPLE_RATE, OFAEncoder, check_lam, lam_from_period,
-                         load_checkpoint, period_from_lam, save)
+from files import load_checkpoint, save
+from flags import check_numbers, pick_device, use_bf16
+from ofa_encoder import COMPRESSIONS, FRAME_MS, PRESETS, SAMPLE_RATE, OFAEncoder, check_lam, lam_from_period, period_from_lam
 from teachers import initialise, load_teacher
 
 
@@ -94,14 +95,6 @@ def arguments(argv=None):
     if not FRAME_MS <= args.segment_ms < 1e9:
         raise ValueError(f"--segment-ms is {args.segment_ms}, expected {FRAME_MS} or more")
     return args
-
-
-def check_numbers(args, *names, zero=False):
-    """Refuse NaN, infinity, and numbers that are not over 0; with zero, 0 is allowed."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not (0 < value < 2**63 or zero and value == 0):
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a number {'from' if zero else 'over'} 0")
 
 
 class Distiller(nn.Module):
@@ -296,19 +289,6 @@ def report(args, model, teacher, test, device, out):
     model.to("cpu").eval()
     utterance_figure(encoder, test[shown], test.utterances[shown].text, shown_lams, out / "figure.png")
     print(f"wrote {out}/encoder.pt (load it with OFAEncoder.from_checkpoint), table.json and figure.png")
-
-
-def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"--device {name}: torch finds none here")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-
-
-def use_bf16(args, device):
-    fast = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else device.type == "cuda"
-    return args.precision == "bf16" or args.precision == "auto" and fast
 
 
 if __name__ == "__main__":

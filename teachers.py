@@ -12,7 +12,8 @@ import torch
 import torchaudio
 from torch import nn
 
-from ofa_encoder import SAMPLE_RATE, STRIDES, cnn_features, load_checkpoint
+from files import load_checkpoint
+from ofa_encoder import SAMPLE_RATE, STRIDES, cnn_features
 
 
 class MFCCTeacher(nn.Module):

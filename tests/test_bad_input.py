@@ -23,7 +23,8 @@ import streaming
 from cif import cif, cif_loop, expand
 from data import load, read
 from firing import firing
-from ofa_encoder import PRESETS, OFAEncoder, lam_from_period, save
+from files import save
+from ofa_encoder import PRESETS, OFAEncoder, lam_from_period
 from superb import load_superb
 from tasks import load_task
 from teachers import load_teacher
@@ -288,6 +289,9 @@ ROWS = [
     ("a tensor to evaluate", "evaluate.py tensor.pt", "tensor.pt is no checkpoint: it holds a Tensor"),
     ("firing of nothing", "firing.py nowhere.pt", "no checkpoint at nowhere.pt"),
     ("firing of text", "firing.py text.pt", "text.pt is no checkpoint"),
+    ("half a point, listed", "points.py half", "is no point of finetune.py or adaptive_lambda.py"),
+    ("an unknown section", "benchmark.py sums", "the sections are ['sums'], expected"),
+    ("no round", "benchmark.py cif --repeats 0", "--repeats is 0"),
     ("results of no points", "results.py no-points", "no points under no-points: compute them with `make sweep`"),
     ("results of nothing", "results.py nowhere", "no points under nowhere"),
     ("results of half a point", "results.py points", "points/half/1.json is no point"),
@@ -392,5 +396,5 @@ def test_there_are_enough_rows_over_all_scripts():
     ids = [row[0] for row in ROWS]
     commands = {row[1].split()[0] for row in ROWS if isinstance(row[1], str)}
     assert len(set(ids)) == len(ids) >= 40
-    inputless = {"cif.py", "streaming.py", "ofa_encoder.py", "figures.py", "heads.py", "points.py", "teachers.py"}  # examples and libraries
+    inputless = {"cif.py", "streaming.py", "ofa_encoder.py", "figures.py", "files.py", "flags.py", "heads.py", "teachers.py", "timing.py"}  # examples and libraries
     assert commands == {p.name for p in REPO.glob("*.py")} - inputless - {"superb.py"}  # superb.py shows what is missing

@@ -14,7 +14,8 @@ import torch
 import finetune
 from data import SPLITS
 from finetune import average_precision, score
-from ofa_encoder import PRESETS, OFAEncoder, save
+from files import save
+from ofa_encoder import PRESETS, OFAEncoder
 from tasks import KINDS, Task, load_task
 
 REPO = Path(finetune.__file__).parent

@@ -26,7 +26,8 @@ import evaluate as evaluate_module
 import pretrain
 from data import batches, load, loader, pad
 from evaluate import evaluate, transformer_gflops
-from ofa_encoder import PRESETS, OFAEncoder, load_checkpoint, period_from_lam
+from files import load_checkpoint
+from ofa_encoder import PRESETS, OFAEncoder, period_from_lam
 from pretrain import Distiller, draw_lam, guidance
 from teachers import load_teacher
 

@@ -15,7 +15,8 @@ import torch
 import finetune
 from finetune import score
 from heads import PoolHead
-from ofa_encoder import PRESETS, OFAEncoder, save
+from files import save
+from ofa_encoder import PRESETS, OFAEncoder
 from superb import SUPERB, load_superb, slot_type_f1, slot_value_cer, spell, word_error_rate
 from tasks import Task
 
