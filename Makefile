@@ -51,7 +51,8 @@ points-baselines: data/asterisk.pt
 LEARN = OMP_NUM_THREADS=1 .venv/bin/python adaptive_lambda.py $(OFA) --out $(RESULTS)/adaptive
 points-adaptive: data/asterisk.pt
 	for task in $(TASKS); do $(LEARN) --task $$task --seeds 3 || exit 1; done
-	for task in ctc pool; do for price in 0.3 1 3; do $(LEARN) --task $$task --lam 0.6 --price $$price || exit 1; done; done
+	for price in 0.3 1 3; do $(LEARN) --task ctc --lam 0.6 --price $$price || exit 1; done
+	for price in 0.01 0.03 0.1; do $(LEARN) --task pool --lam 0.6 --price $$price || exit 1; done
 	$(LEARN) --task ctc --lam 1.2 --hide-missing && $(LEARN) --task ctc --lam 0.1 1.2 --jitter 0.15
 
 # A peer is named by its compression, or by its λ.
@@ -60,6 +61,7 @@ points-%: runs/%/encoder.pt
 
 runs/%/encoder.pt: | data/asterisk.pt
 	OMP_NUM_THREADS=1 .venv/bin/python pretrain.py --steps 3000 --resume $(if $(filter lam%,$*),--lam $(*:lam%=%),--compression $*) --out runs/$*
+	mkdir -p $(RESULTS)/pretraining && cp runs/$*/table.json $(RESULTS)/pretraining/$*.json
 
 data/asterisk.pt: | .venv/installed
 	@echo "== fetching the embedded corpus into data/"

@@ -29,7 +29,7 @@ learned λ as finetune.py does it, and scored: the same protocol as for every po
 Source: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models", ICASSP 2023, learn λ with the
 task; jitter, missing and price are ours. Tasks, heads, stopping and points are finetune.py's.
 
-    python adaptive_lambda.py                                                characters, from three starting points: ten minutes or so
+    python adaptive_lambda.py                                                characters, from three starting points: a quarter of an hour
     python adaptive_lambda.py --checkpoint runs/demo/encoder.pt --task pool --lam 0.1 1.2 --seeds 3 --out runs/adaptive
 """
 
@@ -113,7 +113,7 @@ def main():
     encoder, task, config = prepare(args)
     steps = args.lam_epochs * -(-len(task.indices("train")) // args.batch)
     if args.freeze >= steps:
-        raise ValueError(f"--freeze {args.freeze}: λ would rest for all of the {steps} steps in {args.lam_epochs} epochs")
+        raise ValueError(f"--freeze {args.freeze}: λ would rest for all of the {steps} steps in {args.lam_epochs} epochs; try --freeze {steps // 5}")
     if encoder.config.compression != "cif":
         raise ValueError(f"{args.checkpoint} has one fixed rate ({encoder.config.compression}): there is no λ to learn")
     needed = None if args.hide_missing or task.kind != "ctc" else [emissions(t) / args.slots for t in task.targets]

@@ -157,4 +157,4 @@ if __name__ == "__main__":
         sys.exit(f"boundaries.py: {error}")
     ends = read(path, speech)
     print(f"{len(speech)} utterances, mean segment {FRAME_MS * sum(e[-1] for e in ends) / sum(len(e) for e in ends):.1f} ms")
-    print(f"“{speech.utterances[0].text}” changes at", " ".join(f"{e * FRAME_MS}" for e in ends[0]), "ms")
+    print(f"“{speech.utterances[0].text}” changes at", " ".join(f"{e * FRAME_MS}" for e in ends[0][:-1]), "ms")

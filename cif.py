@@ -103,7 +103,7 @@ def expand(tokens, fired) -> Tensor:
     """Spread tokens (B, T, C) back over the frames from which they were made: (B, S, C).
 
     A frame gets Σ (w / α_f) · token_t over its pieces. Frames of which nothing fired (padding, a dropped tail,
-    α = 0) get zeros. `expand(torch.ones(B, T, 1), fired)` says how much of each frame is covered, 0 to 1.
+    α = 0) get zeros, a frame of which a part was dropped gets that much less. `expand(torch.ones(B, T, 1), fired)` says how much of each frame is covered, 0 to 1.
     """
     B, T = fired.fire_times.shape
     if tokens.ndim != 3 or tokens.shape[:2] != (B, T):

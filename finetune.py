@@ -246,10 +246,11 @@ def main():
             if args.unfreeze:                          # the cost of the encoder that it has become
                 frames = Frames(task.speech, learner.encoder, args.device, keep=False)
                 heard = Heard(task.speech, args.features, learner.encoder, lam, args.device, frames, keep=False)
-            save_point(path, {"config": {**config, "lam": lam, "seed": seed}, "command": command("finetune.py", parser, args, lam, seed), "metric": task.metric,
+            save_point(path, {"config": {**config, "lam": lam, "seed": seed}, "command": command("finetune.py", parser, args, lam, seed),
+                              "metric": task.metric,
                               **point, **cost_of(heard, frames), "train_s": time.time() - started})
             infeasible = f", {point['infeasible_test']} of {point['test_utterances']} too short for CTC" if task.kind == "ctc" else ""
-            print(f"λ = {lam:g} ({heard.period_ms:.1f} ms), seed {seed}: test {task.metric} {point['test']:.1f} % after {point['epochs']} "
+            print(f"λ = {lam:g} ({heard.period_ms:.1f} ms), seed {seed}: test {task.metric} {point['test']:.1f} %, best of {point['epochs']} "
                   f"epochs, {time.time() - started:.0f} s{infeasible}")
 
 

@@ -7,7 +7,8 @@ A fire time and a boundary agree if they lie within the tolerance (20 ms); each 
 
 Firing often raises recall by chance; the R-value charges for it: OS is how many too many were fired (1: perfect, and below 0 for
 many too many). The constant-α baseline fires as often in each utterance, at equal distances, so that what it lacks is the knowledge
-of *where* alone. At 33 ms and ± 20 ms nearly every boundary is met by both, so look at 90 ms. The pseudo-boundaries are those that α was taught (boundaries.py), found here in held-out speech: changes in the teacher's codes, not a phonetician's.
+of *where* alone. At 33 ms and ± 20 ms nearly every boundary is met by both, so look at 90 ms. The pseudo-boundaries are those that α was
+taught (boundaries.py), found here in held-out speech: changes in the teacher's codes, not a phonetician's.
 
 Source of the R-value: Räsänen, Laine and Altosaar, "An improved speech segmentation quality measure: the R-value", Interspeech 2009.
 

@@ -2,7 +2,7 @@
 
     waveform (B, samples) ─ CNN ─ LayerNorm ─ x (B, S, C), a frame every 20 ms
     x ─ AlphaPredictor ─ α (B, S) in (0, 1), about one unit of mass per phone
-    α′ = relu(1 - λ) · 1 + (relu(λ) - 2 relu(λ - 1)) · α          modify_alpha
+    α′ = 1 - λ + λ α  for λ <= 1,   (2 - λ) α  for λ >= 1           modify_alpha
     x, α′ ─ CIF ─ tokens (B, T, C) ─ projection ─ + convolutional positions ─ Transformer layers ─ hidden states (B, T, D)
 
 λ = 0 makes every α′ 1: every frame is a token, 20 ms, no compression. λ = 1 leaves α: about a token a phone, ~90 ms.
@@ -10,6 +10,8 @@ Between them lies a blend; from 1 towards 2, α′ shrinks to zero and tokens gr
 Mean α′ is linear in λ on either side of 1, so the mean frame period has a closed form:
 
     period = 20 ms / mean α′,   mean α′ = 1 - λ (1 - mean α) for λ <= 1,   (2 - λ) mean α for λ >= 1
+
+exact but for rounding to whole tokens, if mean α is that of the speech itself; an utterance differs from the mean.
 
 Compression is chosen by a word. With "cif" it follows λ. The fixed-rate peers are the same model with constant α′:
 "none" (1; DistilHuBERT), "average2" and "average4" (1/2 and 1/4: average pooling, as fixed-length subsampling does).
@@ -97,7 +99,7 @@ class Encoded(NamedTuple):
     hidden_states: list[Tensor]  # the Transformer's input and each layer's output, (B, T, D), zero past each length
     lengths: Tensor              # (B,) tokens
     alpha: Tensor                # (B, S) α, before λ; of a fixed-rate peer its constant
-    fired: Fired                 # what CIF did: fire_times to plot, and what expand needs
+    fired: Fired                 # what CIF did: fire_times to plot, what expand needs, and α′, as fired.alpha
     frames: Tensor               # (B,) frames of 20 ms, before compression
 
     def frame_period(self) -> float:

@@ -1,6 +1,7 @@
 """What was found: tables and figures, made from the points that finetune.py and adaptive_lambda.py leave.
 
     results/MODEL/*.json   a point each: one task, λ and seed (`make sweep` computes them anew)
+    results/pretraining/   the tables that pretrain.py printed about the encoders
     results/results.md     tables: the trade-off, once-for-all against its peers, the learned λ, where tokens fire
     results/tradeoff.png   the metric over frame period and over cost, for CTC, seq2seq and pooling
     results/lambda.png     λ over epochs, from each starting point
@@ -21,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from figures import COLOURS, STYLE
+from firing import TOLERANCE_MS
 from points import differing, read_point
 
 PLAIN = "defaults"  # how λ was learned
@@ -31,10 +33,15 @@ PEERS = {"none": "no compression", "average2": "average of 2", "average4": "aver
          "lam0.78": "CIF at λ = 0.78", "lam1.04": "CIF at λ = 1.04"}
 
 
+LEGEND = """± is the standard deviation over seeds of the head. *ms / token*: mean frame period of all utterances. *GFLOPs / s*: of positions and Transformer, per
+second of speech; attention's part grows with the length of utterances, so tasks differ. *too short*: test utterances with fewer tokens than CTC needs.
+*untrained encoder*: the same network with random weights. *deaf*: a head that hears nothing. CER and WER: lower is better; mAP: higher is better."""
+
+
 def load_points(folder):
     """All points under results/: {(model, task, features, λ, or start of a learned one, how it was learned): its points, one a seed}."""
     points = {}
-    for path in sorted(folder.glob("*/*.json")):
+    for path in sorted(set(folder.glob("*/*.json")) - set(folder.glob("pretraining/*.json"))):
         point = read_point(path)
         config = point["config"]
         how = [f"{name} {config[name]:g}" for name in ("jitter", "price") if config.get(name)]
@@ -126,9 +133,25 @@ def learned_table(points):
             if (model, of) == ("adaptive", task):
                 s, lams = Summary(runs), [p["lam"] for p in runs]
                 lam = f"{np.mean(lams):.2f}" + (f" ± {np.std(lams, ddof=1):.2f}" if len(lams) > 1 else "")
-                rows.append([name, start, how, lam, f"{s.period:.0f}", s,
-                             f"{grid[best]} at {best:g}", f"{sign * (s.test - grid[best].test):+.1f}", f"{s.minutes:.1f}", f"{minutes:.1f}"])
-    return table(["task", "λ starts at", "with", "λ learned", "ms / token", "metric %", "best of the grid (by validation)", "better by", "minutes, fastest seed", "of the grid"], rows)
+                rows.append([name, start, how, s.n, lam, f"{s.period:.0f}", s, f"{grid[best]} at {best:g}",
+                             f"{sign * (s.test - grid[best].test):+.1f}", f"{s.minutes:.1f}", f"{minutes:.1f}"])
+    return table(["task", "λ starts at", "with", "seeds", "λ learned", "ms / token", "metric %", "best of the grid (by validation)", "better by",
+                  "minutes, fastest seed", "minutes of the grid"], rows)
+
+
+def read_rows(path, script):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is no table of {script}, or it is damaged: make it anew with `make results` or `make sweep`") from None
+
+
+def pretraining_table(folder):
+    rows = []
+    for model, name in {"ofa": "once-for-all", **PEERS}.items():
+        for row in read_rows(folder / f"{model}.json", "pretrain.py") if (folder / f"{model}.json").exists() else ():
+            rows.append([name, f"{row['lam']:.2f}", f"{row['period_ms']:.1f}", f"{row['closed_form_ms']:.1f}", f"{np.mean(row['distillation']):.3f}"])
+    return table(["model", "λ", "ms / token", "closed form", "distillation loss"], rows)
 
 
 def firing_table(rows):
@@ -197,17 +220,16 @@ def main():
     points = load_points(folder)
     machines = sorted({(p["machine"], p["date"]) for seeds in points.values() for p in seeds})
     text = ["# What was found", "Made by `python results.py` from the points beside it; computed on " + "; ".join(f"{m} ({d})" for m, d in machines) + "."]
+    text += [LEGEND]
     for task, name in TASKS.items():
         text += [f"## {name[0].upper()}{name[1:]}", tradeoff_table(points, task)]
     text += ["## Once-for-all against its peers", "How much better (+) or worse (−) once-for-all is than the peer, at the peer's frame period, in points of the metric.",
              peers_table(points), "## The learned λ", learned_table(points)]
+    if (folder / "pretraining").exists():
+        text += ["## Pre-training", "What pretrain.py printed about each encoder, on the test split.", pretraining_table(folder / "pretraining")]
     if (folder / "firing.json").exists():
-        try:
-            firing = json.loads((folder / "firing.json").read_text(encoding="utf-8"))
-            text += ["## Where tokens fire", f"Agreement with pseudo-boundaries on held-out speech, ± {firing['tolerance_ms']} ms (firing.py).",
-                     firing_table(firing["rows"])]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{folder / 'firing.json'} is no table of firing.py, or it is damaged: make it anew with `make results`") from None
+        text += ["## Where tokens fire", f"Agreement with pseudo-boundaries on held-out speech, ± {TOLERANCE_MS} ms (firing.py).",
+                 firing_table(read_rows(folder / "firing.json", "firing.py"))]
     (folder / "results.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     tradeoff_figure(points, folder / "tradeoff.png")
     lambda_figure(points, folder / "lambda.png")

@@ -24,6 +24,11 @@ def test_python_blocks_run(folder, tmp_path, monkeypatch, capsys):
     assert values["out"].lengths.item() == values["out"].fired.fire_times.shape[1] and "a token every" in capsys.readouterr().out
 
 
+def test_numbers_are_those_of_the_results():
+    found = re.findall(r"\d+\.\d+ ± \d+\.\d+", README)
+    assert len(found) >= 10 and not set(found) - set(re.findall(r"\d+\.\d+ ± \d+\.\d+", (REPO / "results/results.md").read_text()))
+
+
 def test_table_of_files():
     rows = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M))
     assert rows == {p.name: str(len(p.read_text().splitlines())) for p in REPO.glob("*.py")}
