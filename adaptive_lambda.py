@@ -42,7 +42,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from finetune import arguments, check, prepare, train
+from finetune import arguments, check, prepare, save_head, train
 from flags import check_numbers
 from heads import emissions
 from heard import Frames, Heard, Learner
@@ -121,15 +121,17 @@ def main():
     for start in args.lam:
         for seed in range(args.seed, args.seed + args.seeds):
             path = Path(args.out) / f"{name}-from{start:g}-seed{seed}.json"
-            if is_there(path, {**config, "start": start, "seed": seed}):
+            if is_there(path, {**config, "start": start, "seed": seed}) and path.with_suffix(".pt").exists() >= args.save_heads:
                 continue
             frames = frames or Frames(task.speech, encoder, args.device, args.keep == "memory")
             began = time.time()
             learner = LearnedLam(start, encoder, frames, args.lam_lr, args.freeze, args.jitter, args.price, needed, math.log(len(task.symbols) + 1))
-            search = train(argparse.Namespace(**{**vars(args), "epochs": args.lam_epochs, "patience": args.lam_epochs}), task, learner, seed)
+            search, _ = train(argparse.Namespace(**{**vars(args), "epochs": args.lam_epochs, "patience": args.lam_epochs}), task, learner, seed)
             searched, lam = time.time() - began, learner.lam.item()
             heard = Heard(task.speech, args.features, encoder, lam, args.device, frames, args.keep == "memory")
-            point = train(args, task, heard, seed)
+            point, head = train(args, task, heard, seed)
+            if args.save_heads:
+                save_head(path.with_suffix(".pt"), head, encoder, lam, task)
             took = time.time() - began
             save_point(path, {"config": {**config, "start": start, "seed": seed},
                               "command": command("adaptive_lambda.py", parser, args, start, seed), "metric": task.metric, "lam": lam,

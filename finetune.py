@@ -30,8 +30,9 @@ from torch import nn
 from tqdm import tqdm
 
 from data import SPLITS
+from files import save
 from flags import check_numbers, pick_device, use_bf16
-from heads import CTCHead, PoolHead, Seq2SeqHead
+from heads import HEADS
 from heard import FEATURES, Frames, Heard, Learner, Live
 from ofa_encoder import OFAEncoder, check_lam
 from points import command, cost_of, is_there, save_point
@@ -68,6 +69,7 @@ def arguments(description="Train a head on the encoder at each λ and seed.", la
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="in training: see pretrain.py")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the best there is")
     add("--out", default="runs/finetune", help="folder for the points")
+    add("--save-heads", action="store_true", help="keep each head, with its encoder, as a .pt beside its point: predict.py uses it")
     return parser
 
 
@@ -79,6 +81,8 @@ def check(args):
     args.device = pick_device(args.device).type
     if args.features in ("logmel", "deaf") and any(args.lam):
         raise ValueError(f"--lam is for the encoder; --features {args.features} has no λ")
+    if args.save_heads and args.features in ("logmel", "deaf"):
+        raise ValueError(f"--save-heads keeps a head with its encoder; --features {args.features} has none")
     if args.unfreeze and args.features not in ("encoder", "random"):
         raise ValueError(f"--unfreeze trains an encoder; --features {args.features} has none")
     check_numbers(args, "seeds", "slots", "beam", "epochs", "patience", "batch", "lr", "encoder_lr")
@@ -113,18 +117,25 @@ def average_precision(scores, wanted):
 
 
 def build_head(args, task, layers, dim):
-    n = len(task.symbols)
-    if task.kind == "ctc":
-        return CTCHead(layers, dim, n, args.head, args.slots)
-    if task.kind == "seq2seq":
-        longest = max(len(task.targets[i]) for i in task.indices("train"))
-        return Seq2SeqHead(layers, dim, n, ctc_weight=args.ctc_weight, beam=args.beam, most=longest)
-    return PoolHead(layers, dim, n, several=task.metric == "mAP", groups=task.groups)
+    longest = max(len(task.targets[i]) for i in task.indices("train")) if task.kind == "seq2seq" else 0
+    sizes = {"layers": layers, "dim": dim, "symbols": len(task.symbols),
+             **{"ctc": {"shape": args.head, "slots": args.slots},
+                "seq2seq": {"ctc_weight": args.ctc_weight, "beam": args.beam, "most": longest},
+                "pool": {"several": task.metric == "mAP", "groups": list(task.groups)}}[task.kind]}
+    head = HEADS[task.kind](**sizes)
+    head.sizes = sizes                                                                     # predict.py builds it anew from these
+    return head
 
 
-def train(args, task: Task, heard: Heard | Learner, seed) -> dict:
+def save_head(path, head, encoder, lam, task):
+    """All that predict.py needs: the head, its encoder and λ, and how to spell the answer."""
+    spelling = {"kind": task.kind, "symbols": task.symbols, "between": "" if task.kind == "ctc" and task.metric != "PER" else " "}
+    save({**encoder.checkpoint(), "lam": lam, "head": head.state_dict(), "sizes": head.sizes, **spelling}, path)
+
+
+def train(args, task: Task, heard: Heard | Learner, seed):
     """Train a head on what is heard, and a Learner with it, until the validation split says stop; test it as it was at the
-    epoch with the best validation score. Returns the part of a point that says how it went."""
+    epoch with the best validation score. Returns the part of a point that says how it went, and the head."""
     torch.manual_seed(seed)
     number = {s: k for k, s in enumerate(task.symbols)}
     targets = [[number.get(s, -1) for s in ([t] if isinstance(t, str) else t)] for t in task.targets]
@@ -200,16 +211,17 @@ def train(args, task: Task, heard: Heard | Learner, seed) -> dict:
     examples = [] if task.kind == "pool" else [
         {"wanted": join(task.targets[i]), "predicted": join(task.symbols[s] for s in p)} for i, p in zip(splits["test"][::40], predicted[::40])]
     second = {f"test {task.second}": score(task, predicted, [targets[i] for i in splits["test"]], task.second)} if task.second else {}
-    return {"test": result, **second, "valid": best, "epochs": epoch + 1, "best_epoch": kept[1] + 1, "infeasible_test": infeasible,
-            "infeasible_train": infeasible_train, "test_utterances": len(splits["test"]), "bf16": bf16,
-            "examples": examples, "history": history}
+    point = {"test": result, **second, "valid": best, "epochs": epoch + 1, "best_epoch": kept[1] + 1, "infeasible_test": infeasible,
+             "infeasible_train": infeasible_train, "test_utterances": len(splits["test"]), "bf16": bf16,
+             "examples": examples, "history": history}
+    return point, head
 
 
 def prepare(args):
     """The encoder (None for logmel and deaf), the task, and what a point says about its configuration."""
     encoder = OFAEncoder.from_checkpoint(args.checkpoint).to(args.device) if args.features in ("encoder", "random") else None
     task = load_superb(args.task, args.data, args.fold) if args.task in SUPERB else load_task(args.task, args.data, args.root)
-    config = {k: v for k, v in vars(args).items() if k not in ("lam", "seeds", "seed", "out", "root", "device", "keep")}
+    config = {k: v for k, v in vars(args).items() if k not in ("lam", "seeds", "seed", "out", "root", "device", "keep", "save_heads")}
     config["checkpoint_sha1"] = hashlib.sha1(Path(args.checkpoint).read_bytes()).hexdigest()[:12] if encoder else None
     config["data_sha1"] = hashlib.sha1(Path(args.data).read_bytes()).hexdigest()[:12] if Path(args.data).is_file() else None
     if encoder and encoder.config.compression != "cif" and any(args.lam):
@@ -233,7 +245,7 @@ def main():
         heard = None
         for seed in range(args.seed, args.seed + args.seeds):
             path = Path(args.out) / f"{args.task}-{args.features}-lam{lam:g}-seed{seed}.json"
-            if is_there(path, {**config, "lam": lam, "seed": seed}):
+            if is_there(path, {**config, "lam": lam, "seed": seed}) and path.with_suffix(".pt").exists() >= args.save_heads:
                 continue
             if encoder and not frames and not args.unfreeze:
                 frames = Frames(task.speech, encoder, args.device, args.keep == "memory")
@@ -242,7 +254,9 @@ def main():
             else:
                 learner = heard = heard or Heard(task.speech, args.features, encoder, lam, args.device, frames, args.keep == "memory")
             started = time.time()
-            point = train(args, task, learner, seed)
+            point, head = train(args, task, learner, seed)
+            if args.save_heads:
+                save_head(path.with_suffix(".pt"), head, learner.encoder, lam, task)
             if args.unfreeze:                          # the cost of the encoder that it has become
                 frames = Frames(task.speech, learner.encoder, args.device, keep=False)
                 heard = Heard(task.speech, args.features, learner.encoder, lam, args.device, frames, keep=False)

@@ -197,6 +197,9 @@ class PoolHead(nn.Module):
         return list(self(hidden, lengths).cpu())
 
 
+HEADS = {"ctc": CTCHead, "seq2seq": Seq2SeqHead, "pool": PoolHead}
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     hidden, lengths = torch.randn(2, 3, 12, 16), torch.tensor([12, 2])

@@ -12,6 +12,7 @@ import soundfile
 import torch
 
 import finetune
+import predict
 from data import SPLITS
 from finetune import average_precision, score
 from files import save
@@ -115,6 +116,27 @@ def test_every_task_and_baseline_runs(run, flags, capsys):
     assert "is there" in capsys.readouterr().out
     with pytest.raises(ValueError, match="another configuration .lr differ"):
         run(*flags, "--lr", "0.1")
+
+
+@pytest.mark.parametrize("kind, flags", [("pool", ()), ("ctc", ("--slots", "2")), ("seq2seq", ("--unfreeze", "--beam", "2"))])
+def test_a_kept_head_says_of_the_files_what_it_said_in_the_test(run, spoken, kind, flags, monkeypatch, capsys):
+    run("--checkpoint", str(REPO / "checkpoints/ofa-tiny.pt"), "--task", kind, "--lam", "0.3", "--epochs", "12", "--save-heads", *flags)
+    point = json.loads(Path(f"out/{kind}-encoder-lam0.3-seed0.json").read_text())
+    rows = [line.split("\t") for line in spoken.read_text().splitlines()[1:]]
+    wanted = {str(spoken.parent / path): (text, label) for path, text, label, split in rows if split == "test"}
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["predict.py", f"out/{kind}-encoder-lam0.3-seed0.pt", *wanted])
+    predict.main()
+    said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert said.keys() == wanted.keys()
+    if kind == "pool":
+        right = [said[path].startswith(label) and 0.5 <= int(said[path][4:-2]) / 100 <= 1 for path, (_, label) in wanted.items()]
+        assert 100 * np.mean(right) == pytest.approx(point["test"]) and point["test"] > 60
+    else:
+        (example,) = point["examples"]                # the shortest one
+        assert example["predicted"] in [said[path] for path, (text, _) in wanted.items() if text == example["wanted"]]
+    run("--checkpoint", str(REPO / "checkpoints/ofa-tiny.pt"), "--task", kind, "--lam", "0.3", "--epochs", "12", "--save-heads", *flags)
+    assert "is there" in capsys.readouterr().out
 
 
 def test_too_short_for_ctc_is_counted(run):
