@@ -173,8 +173,9 @@ def tradeoff_figure(points, path):
                         marker = "P" if peer.startswith("average") else "X"
                         axis.errorbar(getattr(s, x), s.test, s.sd, fmt=marker, ms=8, color=COLOURS["peer"], capsize=3,
                                       label={"none": "no compression, or CIF at one λ", "average2": "average of 2, of 4"}.get(peer))
-                stars = list(select(points, "adaptive", task).values())
-                axis.plot([getattr(s, x) for s in stars], [s.test for s in stars], "*", ms=14, color=COLOURS["learned"], label="λ learned", zorder=5)
+                stars = [Summary([p]) for key, runs in points.items() if key[:2] == ("adaptive", task) and key[4] == PLAIN for p in runs]
+                axis.plot([getattr(s, x) for s in stars], [s.test for s in stars], "*", ms=10, color=COLOURS["learned"], label="λ learned, a run each",
+                          zorder=5)
                 for features, label in (("logmel", "log-mel, same head"), ("random", "untrained encoder, λ = 0"), ("deaf", "deaf")):
                     for s in list(select(points, "baselines", task, features).values())[:1]:
                         axis.axhline(s.test, color=COLOURS[features], linestyle="--", label=label)

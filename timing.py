@@ -17,6 +17,7 @@ MALLOC_TRIM_THRESHOLD_=17179869184 in the environment it keeps them.
 """
 
 import json
+import os
 import random
 import tempfile
 import time
@@ -24,6 +25,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports every start and stop, read when it is first used
 import torch
 from torch.profiler import ProfilerActivity, profile
 
