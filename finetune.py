@@ -117,11 +117,14 @@ def average_precision(scores, wanted):
 
 
 def build_head(args, task, layers, dim):
-    longest = max(len(task.targets[i]) for i in task.indices("train")) if task.kind == "seq2seq" else 0
-    sizes = {"layers": layers, "dim": dim, "symbols": len(task.symbols),
-             **{"ctc": {"shape": args.head, "slots": args.slots},
-                "seq2seq": {"ctc_weight": args.ctc_weight, "beam": args.beam, "most": longest},
-                "pool": {"several": task.metric == "mAP", "groups": list(task.groups)}}[task.kind]}
+    sizes = {"layers": layers, "dim": dim, "symbols": len(task.symbols)}
+    if task.kind == "ctc":
+        sizes |= {"shape": args.head, "slots": args.slots}
+    elif task.kind == "seq2seq":
+        longest = max(len(task.targets[i]) for i in task.indices("train"))
+        sizes |= {"ctc_weight": args.ctc_weight, "beam": args.beam, "most": longest}
+    else:
+        sizes |= {"several": task.metric == "mAP", "groups": list(task.groups)}
     head = HEADS[task.kind](**sizes)
     head.sizes = sizes                                                                     # predict.py builds it anew from these
     return head
