@@ -3,7 +3,7 @@
 # make fuzz       the property tests with 10,000 cases each (1,000 where a case takes long), and 20 kills of a pre-training: a quarter of an hour
 # make notebooks  execute the notebooks and keep what they print and draw
 # make results    tables and figures of results/, from the points there (a minute)
-# make sweep      pre-train the peers and compute all points anew, into runs/results (some seven hours on two cores; -j2 uses both);
+# make sweep      pre-train the peers and compute all points anew, into runs/results (some eight hours on one core, half of it with -j2);
 #                 a stopped sweep goes on with the same command; RESULTS=FOLDER takes another folder, here and for make results
 # make benchmark  how fast this is, beside its goals: tables, and runs/benchmark.json (some minutes; leave the machine alone meanwhile)
 # All make .venv from requirements.txt (once, and again when that changes) and fetch the embedded corpus (once, 50 MB).

@@ -12,7 +12,7 @@ Source: the protocol of SUPERB (Yang et al., Interspeech 2021); the curve over Î
 
     python finetune.py                                                       characters with checkpoints/ofa-tiny.pt at Î» = 0, in a minute or two
     python finetune.py --checkpoint runs/demo/encoder.pt --task ctc --lam 0 0.5 1 --seeds 3 --out runs/ctc
-    python finetune.py --checkpoint runs/demo/encoder.pt --task pool --data my.tsv
+    python finetune.py --checkpoint runs/demo/encoder.pt --task pool --data my.tsv --save-heads      then predict.py labels recordings
     python finetune.py --checkpoint runs/base/encoder.pt --task asr --head superb --data my/corpora
 """
 

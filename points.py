@@ -83,7 +83,7 @@ if __name__ == "__main__":
     try:
         for path in sorted(Path(sys.argv[1] if len(sys.argv) > 1 else "results/ofa").glob("*.json")):
             point = read_point(path)
-            print(f"{path.stem:<32} {point['frame_period_ms']:6.1f} ms a token   test {point['metric']} {point['test']:5.1f} %   "
-                  f"{point['epochs']:>3} epochs")
+            print(f"{path.stem:<32} {point['frame_period_ms']:6.1f} ms a token, λ = {point.get('lam', point['config'].get('lam')):.2f}   "
+                  f"valid {point['valid']:5.1f}, test {point['test']:5.1f} % {point['metric']}   {point['epochs']:>3} epochs")
     except ValueError as error:
         sys.exit(f"points.py: {error}")

@@ -31,8 +31,6 @@ METRICS = {"ctc": "CER", "seq2seq": "WER", "pool": "mAP"}
 TASKS = {"ctc": "characters (CTC)", "seq2seq": "translation (seq2seq)", "pool": "concepts (pooling)"}
 PEERS = {"none": "no compression", "average2": "average of 2", "average4": "average of 4", "lam0.51": "CIF at λ = 0.51",
          "lam0.78": "CIF at λ = 0.78", "lam1.04": "CIF at λ = 1.04"}
-
-
 LEGEND = """± is the standard deviation over seeds of the head. *ms / token*: mean frame period of all utterances. *GFLOPs / s*: of positions and Transformer, per
 second of speech; attention's part grows with the length of utterances, so tasks differ. *too short*: test utterances with fewer tokens than CTC needs.
 *untrained encoder*: the same network with random weights. *deaf*: a head that hears nothing. CER and WER: lower is better; mAP: higher is better."""
