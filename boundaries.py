@@ -29,12 +29,7 @@ from tqdm import tqdm
 
 from data import Speech, loader
 from files import whole
-from ofa_encoder import FRAME_MS, MIN_SAMPLES
-
-
-def frames_of(samples) -> int:
-    """How many frames the CNN makes of so many samples: one for the first 400, one for every 320 more."""
-    return (samples - MIN_SAMPLES) // 320 + 1
+from ofa_encoder import FRAME_MS, frames_of
 
 
 def kmeans(x: Tensor, k: int, rounds=20, seed=0) -> Tensor:
@@ -101,10 +96,10 @@ def segment(speech: Speech, teacher, path: Path, period_ms=90.0, clusters=100, d
             file.write(f"{u.id}\t{' '.join(f'{end * FRAME_MS / 1000:.2f}' for end in ends)}\n".encode())
 
 
-def cache_path(speech: Speech, teacher_name: str, layer, period_ms: float, root) -> Path:
-    """Where segment's result is kept: another corpus, teacher, layer or period has another name."""
-    weights = hashlib.sha1(Path(teacher_name).read_bytes()).hexdigest() if Path(teacher_name).is_file() else ""
-    key = json.dumps([[(u.id, u.samples) for u in speech.utterances], teacher_name, weights, layer, period_ms])
+def cache_path(speech: Speech, teacher: str, period_ms: float, root) -> Path:
+    """Where segment's result is kept. teacher: its fingerprint (teachers.py). Another corpus, teacher
+    or period has another name."""
+    key = json.dumps([[(u.id, u.samples) for u in speech.utterances], teacher, period_ms])
     return Path(root) / f"boundaries-{hashlib.sha1(key.encode()).hexdigest()[:12]}.tsv"
 
 

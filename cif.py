@@ -12,8 +12,9 @@ and has a width w. That list of triplets *is* CIF:
     frame_f = Σ (w / α_f) · token_t  over the pieces of frame f      (expand, the way back)
 
 Since pieces are ordered along the line, both sums run over consecutive pieces and each is one call of
-`torch.nn.functional.embedding_bag`. There is no loop over time, fires or batch, and no limit on α: several
-tokens may fire inside one frame.
+`torch.nn.functional.embedding_bag`. There is no loop over time, fires or batch, and several tokens
+may fire inside one frame. Only α that ask for more than MAX_TOKENS_PER_FRAME are refused: they are
+a mistake, and the tokens would take gigabytes.
 
 The tail, what is left after the last full token, fires once more if its mass reaches tail_threshold · β,
 and is then scaled up to β; a smaller tail is dropped.
@@ -30,6 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 from torch.nn.utils.rnn import pad_sequence
+
+MAX_TOKENS_PER_FRAME = 100  # on average over an utterance
 
 
 class Fired(NamedTuple):
@@ -147,17 +150,31 @@ def _prepare(x, alpha, lengths, threshold, tail_threshold, target_lengths):
         if ((lengths < 1) | (lengths > S)).any():
             raise ValueError(f"lengths is {lengths.tolist()}, expected 1 to {S} frames")
         alpha = alpha.masked_fill(torch.arange(S, device=x.device) >= lengths[:, None], 0)
+    rate = _tokens_per_frame(alpha, lengths, threshold)
     low, high = alpha.detach().aminmax()
-    if not (low >= 0) & (high < torch.inf):                      # as of NaN
+    low, high, rate = torch.stack([low, high, rate]).tolist()    # a GPU is waited for once
+    if not (low >= 0 and high < torch.inf):                      # as of NaN
         raise ValueError(f"alpha of shape {(B, S)} holds negative, infinite or NaN weights, expected finite ones >= 0")
     if target_lengths is not None:
         target = _whole_numbers("target_lengths", target_lengths, B, "1 or more").to(x.device)
         mass = alpha.sum(1)
-        if (target < 1).any() or (mass == 0).any():
+        alpha = alpha * (target.to(mass) * threshold / mass)[:, None]
+        rate = _tokens_per_frame(alpha, lengths, threshold)
+        fewest, least = target.amin().to(mass), mass.detach().amin()
+        fewest, least, rate = torch.stack([fewest, least, rate]).tolist()    # and once more
+        if fewest < 1 or least == 0:
             raise ValueError(f"target_lengths is {target.tolist()} for α that sum to {mass.tolist()}, expected targets "
                              "of 1 or more and sums > 0")
-        alpha = alpha * (target.to(mass) * threshold / mass)[:, None]
+    if not rate <= MAX_TOKENS_PER_FRAME:
+        raise ValueError(f"alpha asks for {rate:.4g} tokens a frame in one utterance, expected at "
+                         f"most {MAX_TOKENS_PER_FRAME}: were α or target_lengths scaled by "
+                         f"mistake, or is the threshold of {threshold} too small?")
     return alpha, lengths, 1e-9 if wide == torch.float64 else 1e-4
+
+
+def _tokens_per_frame(alpha, lengths, threshold):
+    """The mean number of tokens in a frame, of the utterance that has the most."""
+    return (alpha.detach().sum(1) / lengths).amax() / threshold
 
 
 def _whole_numbers(name, value, B, expected):

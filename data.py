@@ -103,21 +103,37 @@ def load(name: str, root="data") -> Speech:
 
 
 def batches(speech: Speech, seconds: float, seed: int):
-    """Forever, epoch after epoch: lists of indices of utterances of like length, whose padded batch lasts up to
-    `seconds`, or a single utterance that is longer. Each utterance comes once an epoch. The order depends on seed alone."""
+    """Forever, epoch after epoch: lists of indices of utterances of similar length, whose padded batch
+    lasts up to `seconds`, or of a single utterance that is longer. Each utterance comes once an epoch.
+    The order depends on seed alone."""
     samples = np.array([u.samples for u in speech.utterances])
     for epoch in range(sys.maxsize):
-        rng = np.random.default_rng([seed, epoch])
-        epoch_batches, batch, longest = [], [], 0
-        for i in np.argsort(samples * rng.uniform(0.9, 1.1, len(samples))):  # like length, yet other company every epoch
-            longest = max(longest, samples[i])
-            if batch and longest * (len(batch) + 1) > seconds * SAMPLE_RATE:
-                epoch_batches.append(batch)
-                batch, longest = [], samples[i]
-            batch.append(int(i))
-        epoch_batches.append(batch)
-        for k in rng.permutation(len(epoch_batches)):
-            yield epoch_batches[k]
+        random = np.random.default_rng([seed, epoch])
+        # The jitter gives an utterance other companions of similar length in every epoch.
+        order = np.argsort(samples * random.uniform(0.9, 1.1, len(samples)))
+        packed = pack(order, samples, seconds)
+        for k in random.permutation(len(packed)):
+            yield packed[k]
+
+
+def by_length(speech: Speech, seconds=30.0) -> list[list[int]]:
+    """All utterances once, from short to long, in batches as `batches` makes them."""
+    samples = np.array([u.samples for u in speech.utterances])
+    return pack(np.argsort(samples, kind="stable"), samples, seconds)
+
+
+def pack(order, samples, seconds) -> list[list[int]]:
+    """Cut order, indices into samples, into batches that last up to `seconds` when padded."""
+    packed = []
+    batch, longest = [], 0
+    for i in order:
+        longest = max(longest, samples[i])
+        if batch and longest * (len(batch) + 1) > seconds * SAMPLE_RATE:
+            packed.append(batch)
+            batch, longest = [], samples[i]
+        batch.append(int(i))
+    packed.append(batch)
+    return packed
 
 
 def pad(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@
 
 Tasks are in tasks.py, those of SUPERB in superb.py. Baselines have the same head and hear something else (--features). An
 utterance that λ makes too short for its text under CTC is counted (infeasible) and scored like any other.
+A score that is no better than guessing is printed with a warning.
 
 Every point, one λ and one seed, is a JSON file in --out with configuration, metric and cost. A point that is there is not
 computed again, so a sweep goes on where it was stopped; a file of another configuration is refused.
@@ -35,9 +36,9 @@ from flags import check_numbers, pick_device, use_bf16
 from heads import HEADS
 from heard import FEATURES, Frames, Heard, Learner, Live
 from ofa_encoder import OFAEncoder, check_lam
-from points import command, cost_of, is_there, save_point
+from points import command, cost_of, is_there, save_point, warning
 from superb import METRICS, SUPERB, load_superb
-from tasks import HIGHER_IS_BETTER, KINDS, Task, load_task
+from tasks import HIGHER_IS_BETTER, KINDS, Task, better, load_task
 
 
 def arguments(description="Train a head on the encoder at each λ and seed.", lam="each λ to train a head at"):
@@ -116,6 +117,18 @@ def average_precision(scores, wanted):
     return ((as_high & wanted).sum(1) / as_high.sum(1)).mean()
 
 
+def guessing(task: Task, predicted: list, targets: list) -> float:
+    """What guessing reaches on these utterances. The head's answers are dealt out among them at
+    random: they are as long and as frequent as before, but whose they are is lost. A head that
+    has learned only which answers are common scores the same. Best of 20 deals."""
+    generator = np.random.default_rng(0)
+    scores = []
+    for _ in range(20):
+        order = generator.permutation(len(predicted))
+        scores.append(score(task, [predicted[k] for k in order], targets))
+    return max(scores) if task.metric in HIGHER_IS_BETTER else min(scores)
+
+
 def build_head(args, task, layers, dim):
     sizes = {"layers": layers, "dim": dim, "symbols": len(task.symbols)}
     if task.kind == "ctc":
@@ -157,7 +170,6 @@ def train(args, task: Task, heard: Heard | Learner, seed):
                                                         min_lr=[group.get("min_lr", 0.0) for group in groups])
     bf16 = use_bf16(args, torch.device(args.device))
     splits = {split: sorted(task.indices(split), key=lambda i: task.speech.utterances[i].samples) for split in SPLITS}
-    better = (lambda a, b: a > b) if task.metric in HIGHER_IS_BETTER else (lambda a, b: a < b)
 
     def batches(split):
         rows = splits[split]
@@ -200,7 +212,7 @@ def train(args, task: Task, heard: Heard | Learner, seed):
         stale += 1
         if valid_loss < lowest:
             lowest, stale = valid_loss, 0
-        if best is None or better(valid, best):
+        if best is None or better(task.metric, valid, best):
             best, stale, kept = valid, 0, (copy.deepcopy(trained.state_dict()), epoch)
         bar.set_postfix_str(f"valid {task.metric} {valid:.1f} %, best {best or valid:.1f} %, loss {valid_loss:.3f}")
         if stale >= args.patience:
@@ -213,8 +225,13 @@ def train(args, task: Task, heard: Heard | Learner, seed):
     join = "".join if task.kind == "ctc" and task.metric != "PER" else " ".join
     examples = [] if task.kind == "pool" else [
         {"wanted": join(task.targets[i]), "predicted": join(task.symbols[s] for s in p)} for i, p in zip(splits["test"][::40], predicted[::40])]
-    second = {f"test {task.second}": score(task, predicted, [targets[i] for i in splits["test"]], task.second)} if task.second else {}
-    point = {"test": result, **second, "valid": best, "epochs": epoch + 1, "best_epoch": kept[1] + 1, "infeasible_test": infeasible,
+    wanted = [targets[i] for i in splits["test"]]
+    second = {}
+    if task.second:
+        second = {f"test {task.second}": score(task, predicted, wanted, task.second)}
+    point = {"metric": task.metric, "test": result, **second,
+             "guessing": guessing(task, predicted, wanted), "valid": best, "epochs": epoch + 1,
+             "best_epoch": kept[1] + 1, "infeasible_test": infeasible,
              "infeasible_train": infeasible_train, "test_utterances": len(splits["test"]), "bf16": bf16,
              "examples": examples, "history": history}
     return point, head
@@ -264,11 +281,10 @@ def main():
                 frames = Frames(task.speech, learner.encoder, args.device, keep=False)
                 heard = Heard(task.speech, args.features, learner.encoder, lam, args.device, frames, keep=False)
             save_point(path, {"config": {**config, "lam": lam, "seed": seed}, "command": command("finetune.py", parser, args, lam, seed),
-                              "metric": task.metric,
                               **point, **cost_of(heard, frames), "train_s": time.time() - started})
             infeasible = f", {point['infeasible_test']} of {point['test_utterances']} too short for CTC" if task.kind == "ctc" else ""
             print(f"λ = {lam:g} ({heard.period_ms:.1f} ms), seed {seed}: test {task.metric} {point['test']:.1f} %, best of {point['epochs']} "
-                  f"epochs, {time.time() - started:.0f} s{infeasible}")
+                  f"epochs, {time.time() - started:.0f} s{infeasible}{warning(point)}")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from boundaries import frames_of
-from data import Speech, pad
+from data import Speech, by_length, pad
 from evaluate import transformer_gflops
-from ofa_encoder import FRAME_MS, SAMPLE_RATE
+from ofa_encoder import FRAME_MS, SAMPLE_RATE, frames_of
 
 FEATURES = ("encoder", "random", "logmel", "deaf")
 
@@ -105,12 +104,6 @@ class Live(Learner):
         waveforms, lengths = (t.to(self.device) for t in pad([self.speech[i] for i in indices]))
         out = self.encoder(waveforms, lengths, self.lam)
         return torch.stack(out.hidden_states, 1), out.lengths
-
-
-def by_length(speech: Speech) -> list[list[int]]:
-    """All utterances, in batches of like length."""
-    order = sorted(range(len(speech)), key=lambda i: speech.utterances[i].samples)
-    return [order[k : k + 16] for k in range(0, len(order), 16)]
 
 
 def log_mel(waveform):

@@ -43,6 +43,11 @@ CONSTANT_ALPHA = {"none": 1.0, "average2": 1 / 2, "average4": 1 / 4}
 COMPRESSIONS = ("cif", *CONSTANT_ALPHA)
 
 
+def frames_of(samples: int) -> int:
+    """How many frames the CNN makes of so many samples: one for the first 400, one for every 320 more."""
+    return (samples - MIN_SAMPLES) // 320 + 1
+
+
 def modify_alpha(alpha, lam):
     """α′ from alpha (any shape) and λ in [0, 2), a float or a scalar tensor with gradient."""
     lam = torch.as_tensor(lam, dtype=alpha.dtype, device=alpha.device)
@@ -153,7 +158,8 @@ class OFAEncoder(nn.Module):
         self.register_buffer("mean_alpha", torch.tensor(CONSTANT_ALPHA.get(config.compression, 0.22)))
 
     def forward(self, waveforms, lengths=None, lam=0.0) -> Encoded:
-        """waveforms (B, samples) at 16 kHz; lengths (B,) valid samples, at least 400 each; λ a float or a scalar tensor.
+        """waveforms (B, samples) at 16 kHz, of any float type; lengths (B,) valid samples, at least
+        400 each; λ a float or a scalar tensor.
 
         An utterance's result does not depend on its padding or company, and it has at least one token.
         Raises ValueError for wrong shapes, short or non-finite waveforms, λ outside [0, 2), or λ != 0 for a fixed-rate peer.
@@ -249,6 +255,7 @@ def cnn_features(extractor, waveforms, lengths):
     As torchaudio's FeatureExtractor, but the first layer's GroupNorm (one group a channel) sees each utterance alone. Its mean
     and variance over time, taken over the padding too as in fairseq and torchaudio, would depend on the utterance's company.
     """
+    waveforms = waveforms.to(extractor.conv_layers[0].conv.weight.dtype)  # from half, or double
     x = waveforms.masked_fill(torch.arange(waveforms.shape[1], device=waveforms.device) >= lengths[:, None], 0)[:, None]
     for layer in extractor.conv_layers:
         x = layer.conv(x)                                                          # (B, C, S) of this layer

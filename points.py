@@ -3,6 +3,7 @@
     config    all that the result depends on: flags, λ, seed, and hashes of the checkpoint and of a TSV
     command   computes it again
     metric, test, valid, history, …     what finetune.train returns
+    guessing                            what guessing reaches on test (older points lack it)
     frame_period_ms, tokens, transformer_gflops_per_s, cnn_s, encode_s, train_s     what it cost
     commit, machine, date
 
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 
 from files import whole
+from tasks import better
 
 NEEDED = {"config", "metric", "test", "valid", "epochs", "infeasible_test", "test_utterances", "frame_period_ms", "transformer_gflops_per_s",
           "train_s", "machine", "date"}  # what results.py reads
@@ -36,11 +38,22 @@ def is_there(path, config) -> bool:
     """Whether the point has been computed. Raises ValueError if the file holds one of another configuration."""
     if not path.exists():
         return False
-    differ = differing(read_point(path)["config"], config)
+    point = read_point(path)
+    differ = differing(point["config"], config)
     if differ:
         raise ValueError(f"{path} is of another configuration ({', '.join(differ)} differ): choose another --out")
-    print(f"{path} is there")
+    print(f"{path} is there: test {point['metric']} {point['test']:.1f} % at "
+          f"{point['frame_period_ms']:.1f} ms a token{warning(point)}")
     return True
+
+
+def warning(point) -> str:
+    """What to add to a score that guessing reaches too; nothing if it is better, or not known."""
+    guess = point.get("guessing")
+    if guess is None or better(point["metric"], point["test"], guess):
+        return ""
+    return ("; NO BETTER THAN GUESSING (its own answers, shuffled among the utterances, "
+            f"reach {guess:.1f} %)")
 
 
 def read_point(path) -> dict:

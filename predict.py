@@ -4,7 +4,8 @@
     python predict.py runs/mine/pool-encoder-lam0.5-seed0.pt new.wav another.flac
 
 The file of the head also holds its encoder and λ, and what its symbols stand for. A text is spelt out; of labels, the most probable one
-is given, or of each question's, or all those with a probability over one half.
+is given, or of each question's, or all those with a probability over one half. A file that can't be
+read is named, the others are done, and the exit status is 1.
 
 `python predict.py` says how to make one.
 """
@@ -54,11 +55,20 @@ def main():
     if not args.files:
         raise ValueError("train a head with `python finetune.py --save-heads`, then `python predict.py HEAD.pt FILE ...`")
     encoder, head, lam, spell = load_head(args.head)
+    failed = False
     for file in args.files:
+        try:
+            waveform = read(file)
+        except ValueError as error:                              # it names the file
+            print(f"predict.py: {error}", file=sys.stderr)
+            failed = True
+            continue
         with torch.no_grad():
-            out = encoder(read(file)[None], lam=lam)
+            out = encoder(waveform[None], lam=lam)
             (answer,) = head.predict(torch.stack(out.hidden_states, 1), out.lengths)
         print(f"{file}: {spell(answer)}")
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

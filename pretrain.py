@@ -1,33 +1,49 @@
-"""Once-for-all pre-training: distil a teacher at a λ that is drawn anew at every step.
+"""Once-for-all pre-training: distil a teacher at several λ, drawn anew at every step.
 
-The student encodes a batch at λ, which shortens it; `expand` spreads its last hidden states back over the frames, and one
-linear head per taught layer predicts the teacher's vectors h there. α is guided by pseudo-boundaries (boundaries.py):
+The student turns a batch into frames once, and encodes them at K values of λ, each of which
+shortens the sequence differently. `expand` spreads the last hidden states back over the frames,
+and one linear head for each distilled layer predicts the teacher's vectors h there:
 
-    loss = Σ_layers mean over frames of  |ĥ - h|₁ / D - log σ(cos(ĥ, h))            distillation (DistilHuBERT)
-         + 0.5  · mean over frames of    |α_s - pseudo-α_s|                         frame guidance (OFA)
-         + 0.05 · mean over segments of  |α_1 + … + α_e(i) - i|                     segments i = 1, 2, …, ending at frames e(i)
-         + q    · mean over utterances of |mean α - target|                         quantity, optional (--quantity q)
+    waveforms (B, samples) ─ CNN ─ frames (B, S, C) ─┬─ encode at λ_1 ─ (B, T_1, D) ─ expand ─┐
+                                                     ├─ encode at λ_2 ─ (B, T_2, D) ─ expand ─┼─ heads
+                                                     └─ …                                     ┘
+    loss = mean over λ of Σ_layers mean over frames of  |ĥ - h|₁ / D - log σ(cos(ĥ, h))
+         + 0.5  · mean over frames of    |α_s - pseudo-α_s|              frame guidance
+         + 0.05 · mean over segments of  |α_1 + … + α_e(i) - i|          segment i ends at frame e(i)
+         + q    · mean over utterances of |mean α - target|              quantity, optional
 
-The guidance acts on α before λ changes it. Frames of a dropped tail belong to no token: they carry no distillation loss.
+The first line is DistilHuBERT's loss, the next two are once-for-all's. Guidance acts on α *before*
+λ changes it: one unit of mass for each segment is what λ then scales, whatever λ was drawn.
 
-One loop serves a CPU, a GPU, and many (torchrun). Everything random at a step, λ and data order included, is a function of
-(seed, step), so that a run that was stopped goes on exactly (--resume), and all processes draw the same λ. A step's batch is
-dealt out among processes and accumulated parts; losses are divided by the whole batch's counts, so the deal does not matter (but for dropout).
+The CNN and the teacher do not depend on λ and are most of the work, so K = 3 values of λ cost 1.6
+times what one costs, not three times. λ = 0 is always among them: it is the hardest rate, since
+every frame must be right, and few steps would come near it by chance. (The paper takes one λ for
+each batch, and accumulates many batches before it updates the weights.)
 
-Sources: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models", ICASSP 2023;
-Chang, Yang and Lee, "DistilHuBERT", ICASSP 2022.
+One loop serves a CPU, a GPU, and many (torchrun). Whatever is random at a step, λ and the order of
+data included, is a function of (seed, step). So a run that was stopped goes on as if it had not
+been (--resume), and all processes draw the same λ. A batch is dealt out among processes and
+accumulated parts, and losses are divided by the counts of the whole batch: but for dropout and
+rounding it makes no difference how it was dealt.
 
-    python pretrain.py --out runs/demo                                     two CPU cores, the embedded corpus
-    torchrun --nproc-per-node 8 pretrain.py --preset base --teacher hubert_base --data librispeech:train-clean-100 ...
+Sources: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models",
+ICASSP 2023, section 3; Chang, Yang and Lee, "DistilHuBERT", ICASSP 2022, section 2. Several λ on
+one batch: the sandwich rule of Yu and Huang, "Universally slimmable networks", ICCV 2019.
+
+    python pretrain.py --out runs/demo                 two CPU cores, the embedded corpus
+    torchrun --nproc-per-node 8 pretrain.py --preset base --teacher hubert_base --data librispeech:…
 """
+
+import parts  # isort: split  # noqa: F401  before torch: it sets how torch's threads wait
 
 import argparse
 import json
 import os
 import platform
+import resource
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -41,47 +57,81 @@ from tqdm import tqdm
 
 import boundaries
 from cif import expand
-from data import batches, load, loader
-from evaluate import PERIODS_MS, evaluate, print_table
+from data import Speech, batches, by_length, load, loader
+from evaluate import transformer_gflops
 from figures import utterance_figure
 from files import load_checkpoint, save
 from flags import check_numbers, pick_device, use_bf16
-from ofa_encoder import COMPRESSIONS, FRAME_MS, PRESETS, SAMPLE_RATE, OFAEncoder, check_lam, lam_from_period, period_from_lam
-from teachers import initialise, load_teacher
+from ofa_encoder import (
+    COMPRESSIONS,
+    CONSTANT_ALPHA,
+    FRAME_MS,
+    PRESETS,
+    SAMPLE_RATE,
+    Encoded,
+    OFAEncoder,
+    check_lam,
+    frames_of,
+    lam_from_period,
+    period_from_lam,
+)
+from teachers import fingerprint, initialise, load_teacher
+
+PERIODS_MS = (20, 25, 33, 50, 90, 180)  # of the final table: asked in ms, answered by λ
+MAX_GRADIENT_NORM = 5.0
+LEARNED = 0.95  # a loss above this part of a constant answer's has learned nothing worth the name
+
+# Flags that may change when a run is resumed: they say where it runs, not what it computes.
+MAY_CHANGE = {"resume", "device", "workers", "save_every", "root", "out"}
 
 
-def arguments(argv=None):
-    parser = argparse.ArgumentParser(description="Pre-train a once-for-all encoder, or a fixed-rate peer of it.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+# 1. The command line.
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Pre-train a once-for-all encoder, or a fixed-rate peer of it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = parser.add_argument
-    add("--data", default="asterisk", help="asterisk, librispeech:SUBSET[+SUBSET], or a folder of sound files")
+    add("--data", default="asterisk", help="asterisk, librispeech:SUBSET[+SUBSET], or a folder")
     add("--root", default="data", help="folder for what is downloaded and cached")
-    add("--teacher", default="mfcc", help="mfcc, hubert_base, or a file with the state_dict of a torchaudio HuBERT / wav2vec 2.0")
-    add("--teacher-layers", type=int, nargs="+", help="layers to distil; None: at a third, two thirds and the end")
-    add("--teacher-heads", type=int, help="attention heads of a teacher from a file; None: its width / 64")
-    add("--boundaries", help="file of segment boundaries (see boundaries.py); None: found from the teacher's codes")
-    add("--segment-ms", type=float, default=90.0, help="mean length of the segments that are found")
+    add("--teacher", default="mfcc", help="mfcc, hubert_base, or a FILE: see parts/teachers.py")
+    add("--teacher-layers", type=int, nargs="+", help="default: at a third, two thirds, the end")
+    add("--boundaries", help="file of segment boundaries; default: found from the teacher")
+    add("--segment-ms", type=float, default=90.0, help="mean length of the segments found")
     add("--preset", choices=PRESETS, default="tiny", help="sizes of the encoder")
     add("--layers", type=int, default=2, help="its Transformer layers")
-    add("--compression", choices=COMPRESSIONS, default="cif", help="cif follows λ; the others are fixed-rate peers")
-    add("--lam", type=float, help="train at this λ alone (a single-rate peer); None: draw λ at each step")
-    add("--lam-distribution", choices=("uniform", "uniform-period"), default="uniform", help="draw λ, or the period in ms, uniformly")
+    add("--compression", choices=COMPRESSIONS, default="cif", help="cif follows λ; others: peers")
+    add("--lam", type=float, help="train at this λ alone; default: draw λ at each step")
+    add("--lams-per-step", type=int, default=3, help="K, how many λ a step encodes its batch at")
+    add(
+        "--lam-distribution",
+        choices=("uniform", "uniform-period"),
+        default="uniform",
+        help="what is uniform when λ is drawn: λ itself, or the frame period",
+    )
     add("--lam-max", type=float, default=1.6, help="largest λ drawn, at most 2")
-    add("--quantity", type=float, default=0.0, help="weight of the loss that pulls mean α to 20 / segment-ms")
-    add("--out", default="runs/pretrain", help="folder for the checkpoint, table and figure")
+    add("--quantity", type=float, default=0.0, help="weight q of the loss on mean α")
+    add("--out", default="runs/pretrain", help="folder for checkpoint, table and figure")
     add("--steps", type=int, default=1200, help="optimiser steps")
-    add("--batch-seconds", type=float, default=32.0, help="audio in a step's batch, over all processes and accumulated parts")
-    add("--accumulate", type=int, default=1, help="parts in which each process takes its share of a batch")
+    add("--batch-seconds", type=float, default=32.0, help="audio in a step, over all processes")
+    add("--accumulate", type=int, default=1, help="parts in which a process takes its share")
     add("--lr", type=float, default=1e-3, help="peak learning rate; it falls linearly to 0")
     add("--warmup", type=int, default=60, help="steps over which it rises")
-    add("--clip", type=float, default=5.0, help="largest norm of the gradient")
     add("--seed", type=int, default=0, help="of weights, data order and λ")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the best there is")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 autocast on CUDA and on CPUs made for it")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the best")
+    add(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="auto: bf16 autocast on CUDA, fp32 elsewhere",
+    )
     add("--workers", type=int, default=0, help="processes that read sound ahead of time")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
     args = parser.parse_args(argv)
+
     if args.lam is not None:
         check_lam(args.lam)
     if not 0 < args.lam_max <= 2:
@@ -90,205 +140,483 @@ def arguments(argv=None):
         if args.lam:
             raise ValueError(f"--lam is for --compression cif; {args.compression} has one rate")
         args.lam = 0.0
-    check_numbers(args, "steps", "layers", "accumulate", "batch_seconds", "lr", "warmup", "clip", "save_every", "teacher_heads")
+    check_numbers(args, "steps", "layers", "accumulate", "batch_seconds", "lr", "warmup")
+    check_numbers(args, "lams_per_step", "save_every")
     check_numbers(args, "quantity", "seed", "workers", zero=True)
     if not FRAME_MS <= args.segment_ms < 1e9:
         raise ValueError(f"--segment-ms is {args.segment_ms}, expected {FRAME_MS} or more")
     return args
 
 
+# 2. The model that is trained, and its losses.
+
+
+def distillation_loss(predicted, target):
+    """DistilHuBERT's loss of each frame, |ĥ - h|₁ / D - log σ(cos(ĥ, h)): (B, S, D) -> (B, S)."""
+    distance = (predicted - target).abs().mean(2)
+    return distance - logsigmoid(cosine_similarity(predicted, target, dim=2))
+
+
 class Distiller(nn.Module):
-    """Encoder, and a head for each taught layer."""
+    """The student: the encoder, and a linear head for each distilled layer of the teacher."""
 
     def __init__(self, encoder: OFAEncoder, teacher_dims: list[int]):
         super().__init__()
         self.encoder = encoder
         self.heads = nn.ModuleList(nn.Linear(encoder.config.dim, dim) for dim in teacher_dims)
 
-    def forward(self, waveforms, lengths, targets, lam):
-        """targets: list of (B, S, D_teacher). Returns the encoder's output, and for each layer the distillation loss of
-        each frame, with the part of the frame that some token covers: (layers, B, S), (B, S)."""
-        out = self.encoder(waveforms, lengths, lam)
-        hidden = out.hidden_states[-1].float()
-        frames = expand(hidden, out.fired)                                       # (B, S, D)
-        covered = expand(torch.ones_like(hidden[:, :, :1]), out.fired)[:, :, 0]  # (B, S), zero in the padding
-        losses = []
-        for head, target in zip(self.heads, targets):
-            predicted = head(frames).float()
-            losses.append((predicted - target).abs().mean(2) - logsigmoid(cosine_similarity(predicted, target, dim=2)))
-        return out, torch.stack(losses), covered
+    def forward(self, waveforms, lengths, targets, lams):
+        """What `distil` returns, for each λ, on one pass of the CNN.
 
-    @classmethod
-    def from_checkpoint(cls, path):
-        """The encoder and heads in a checkpoint.pt of pretrain.py, in eval mode, and the arguments of its run."""
-        content = load_checkpoint(path)
-        if "heads" not in content:
-            raise ValueError(f"{path} holds no heads: give the checkpoint.pt that pretrain.py writes, not encoder.pt")
-        encoder = OFAEncoder.from_checkpoint(path)
-        try:
-            distiller = cls(encoder, [len(v) for k, v in content["heads"].items() if k.endswith("bias")])
-            distiller.heads.load_state_dict(content["heads"])
-            return distiller.eval(), content["args"]
-        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged ({error!r:.200})") from None
+        waveforms (B, samples) at 16 kHz, lengths (B,) in samples; targets: the teacher's vectors,
+        (B, S, D_teacher) for each layer.
+        """
+        x, frames = self.encoder.features(waveforms, lengths)  # (B, S, C), (B,)
+        return [self.distil(self.encoder.encode(x, frames, lam), targets) for lam in lams]
+
+    def distil(self, encoded: Encoded, targets):
+        """The encoder's output; the loss of each layer and frame, (layers, B, S); and `covered`
+        (B, S), how much of each frame belongs to some token: 0 in the padding and in a dropped
+        tail, of which nothing can be predicted.
+
+        `covered` weighs the loss, so it must not have a gradient: α could lower the loss by
+        dropping the tail instead of by predicting it.
+        """
+        hidden = encoded.hidden_states[-1].float()  # (B, T, D)
+        frames = expand(hidden, encoded.fired)  # (B, S, D)
+        covered = expand(torch.ones_like(hidden[:, :, :1]), encoded.fired)[:, :, 0].detach()
+        losses = [
+            distillation_loss(head(frames).float(), target)
+            for head, target in zip(self.heads, targets)
+        ]
+        return encoded, torch.stack(losses), covered
 
 
 def guidance(alpha, pseudo, number):
-    """Summed frame and segment losses of α (B, S); pseudo-α and segment numbers (B, S) from boundaries.pseudo_alpha."""
-    in_utterance, at_end = pseudo > 0, number > 0
-    return ((alpha - pseudo).abs() * in_utterance).sum(), ((alpha.cumsum(1) - number).abs() * at_end).sum()
+    """Summed frame and segment losses of α (B, S), before λ.
+
+    pseudo, number (B, S): pseudo-α and segment numbers, as boundaries.pseudo_alpha returns them;
+    pseudo-α is zero in the padding, and the number is zero except at a segment's last frame.
+    """
+    in_utterance = pseudo > 0
+    at_end = number > 0
+    frame_loss = ((alpha - pseudo).abs() * in_utterance).sum()
+    segment_loss = ((alpha.cumsum(1) - number).abs() * at_end).sum()
+    return frame_loss, segment_loss
 
 
-def draw_lam(args, step, mean_alpha) -> float:
-    """λ of a step: the same on every machine, before and after a stop."""
-    u = np.random.default_rng([args.seed, step]).uniform()
+def draw_lams(args, step, mean_alpha) -> list[float]:
+    """The λ of a step: the same on every machine, before and after a stop.
+
+    With K > 1 the first is 0, and the others come one from each of K - 1 equal parts of the range.
+    """
     if args.lam is not None:
-        return args.lam
+        return [args.lam]
+    random = np.random.default_rng([args.seed, step])
+    if args.lams_per_step == 1:
+        shares = [random.uniform()]  # of the range, 0 to 1
+    else:
+        rest = args.lams_per_step - 1
+        shares = [0.0, *((part + random.uniform()) / rest for part in range(rest))]
     lam_max = min(args.lam_max, 1.99)  # at 2, α′ is 0 and nothing fires
     if args.lam_distribution == "uniform":
-        return u * lam_max
-    return lam_from_period(FRAME_MS + u * (period_from_lam(lam_max, mean_alpha) - FRAME_MS), mean_alpha)
+        return [share * lam_max for share in shares]
+    longest = period_from_lam(lam_max, mean_alpha)
+    periods = [FRAME_MS + share * (longest - FRAME_MS) for share in shares]
+    return [lam_from_period(period, mean_alpha) for period in periods]
 
 
-# Flags that may differ when a run is resumed: they change where and how fast it runs. (Another device rounds differently.)
-FREE = {"resume", "device", "workers", "save_every", "root", "out"}
+# 3. One run, from start to end.
+
+
+@dataclass
+class Place:
+    """Where a run takes place: its device, and which of how many processes this is."""
+
+    device: torch.device
+    rank: int  # of this process, 0 to world - 1; rank 0 prints and writes
+    world: int
+
+
+@dataclass
+class Lesson:
+    """What is taught: the teacher, speech to learn from and to check on, and segment ends."""
+
+    teacher: nn.Module
+    train: Speech
+    held_out: Speech
+    ends: list[np.ndarray]  # of the segments of each training utterance, in frames
 
 
 def main():
-    args = arguments()
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = pick_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:  # the others wait while rank 0 fetches the corpus and finds boundaries
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
-
+    args = parse_arguments()
+    place = start_processes(args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists() and not args.resume:
-        raise ValueError(f"{checkpoint} is the checkpoint of an earlier run: go on with it by --resume, or choose another --out")
-    if world > 1 and rank > 0:
+        raise ValueError(
+            f"{checkpoint} is the checkpoint of an earlier run: go on with it by --resume, "
+            "or choose another --out"
+        )
+    lesson, test = prepare(args, place)
+
+    # The student starts from the teacher's weights wherever the shapes agree.
+    torch.manual_seed(args.seed)
+    config = replace(PRESETS[args.preset], layers=args.layers, compression=args.compression)
+    encoder = OFAEncoder(config)
+    copied = initialise(encoder, lesson.teacher)
+    model = Distiller(encoder, lesson.teacher.dims).to(place.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    first_step = resume(checkpoint, model, optimizer, args) if checkpoint.exists() else 0
+
+    if place.rank == 0:
+        for partial in out.glob("checkpoint.pt.*.partial"):  # of a run killed while it wrote
+            partial.unlink()
+        size = sum(p.numel() for p in encoder.parameters())
+        print(
+            f"{args.preset} encoder, {size / 1e6:.2f} M parameters ({copied / 1e6:.2f} M from the "
+            f"teacher); {len(lesson.train)} utterances, {lesson.train.seconds / 3600:.2f} h; "
+            f"{place.world} x {place.device}, {'bf16' if use_bf16(args, place.device) else 'fp32'}"
+            f"; steps {first_step} to {args.steps}"
+        )
+    train_loop(args, place, lesson, (model, optimizer, first_step), checkpoint)
+    learned = report(args, place, model, lesson.teacher, test) if place.rank == 0 else ""
+    if place.world > 1:
+        dist.destroy_process_group()
+    if learned:
+        raise ValueError(learned)
+
+
+def start_processes(args) -> Place:
+    """torchrun says by environment variables which of how many processes this is."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    device = pick_device(args.device)
+    use_bf16(args, device)  # refuses what the device can't do, before any work
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:  # hours, since the others wait while rank 0 downloads and finds boundaries
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+    return Place(device, rank, world)
+
+
+def prepare(args, place) -> tuple[Lesson, Speech]:
+    """The lesson, and test speech. Rank 0 goes first and leaves its files to the others."""
+    if place.rank > 0:
         dist.barrier()
     speech = load(args.data, args.root)
-    teacher = load_teacher(args.teacher, args.teacher_layers, args.teacher_heads).to(device)
-    train, valid = speech.part("train"), speech.part("valid")
-    path = args.boundaries or boundaries.cache_path(train, args.teacher, teacher.layers[-1], args.segment_ms, args.root)
-    if not args.boundaries and not path.exists():
-        boundaries.segment(train, teacher, path, args.segment_ms, device=device)
+    train = speech.part("train")
+    teacher = load_teacher(args.teacher, args.teacher_layers)
+    said = fingerprint(teacher)  # on the CPU, so that all processes agree
+    teacher = teacher.to(place.device)
+    path = args.boundaries
+    if not path:
+        path = boundaries.cache_path(train, said, args.segment_ms, args.root)
+        if not path.exists():
+            boundaries.segment(train, teacher, path, args.segment_ms, device=place.device)
     ends = boundaries.read(path, train)
-    if world > 1 and rank == 0:
+    if place.world > 1 and place.rank == 0:
         dist.barrier()
-
-    torch.manual_seed(args.seed)
-    encoder = OFAEncoder(replace(PRESETS[args.preset], layers=args.layers, compression=args.compression))
-    copied = initialise(encoder, teacher)
-    model = Distiller(encoder, teacher.dims).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    first = resume(checkpoint, model, optimizer, args) if checkpoint.exists() else 0
-    if rank == 0:
-        for partial in out.glob("checkpoint.pt.*.partial"):  # what a run left that was killed while it wrote
-            partial.unlink()
-        print(f"{args.preset} encoder, {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters ({copied / 1e6:.2f} M "
-              f"from the teacher); {len(train)} utterances, {train.seconds / 3600:.2f} h; {world} x {device}, "
-              f"{'bf16' if use_bf16(args, device) else 'fp32'}; steps {first} to {args.steps}")
-    train_loop(args, model, optimizer, teacher, train, valid.few(200), ends, first, device, rank, world, checkpoint)
-    if rank == 0:
-        report(args, model, teacher, speech.part("test"), device, out)
-    if world > 1:
-        dist.destroy_process_group()
+    return Lesson(teacher, train, speech.part("valid").few(200), ends), speech.part("test")
 
 
-def train_loop(args, model, optimizer, teacher, train, held_out, ends, first, device, rank, world, checkpoint):
-    mean_alpha = sum(len(e) for e in ends) / sum(int(e[-1]) for e in ends)                # of the pseudo-α
-    parts = args.accumulate
-    plan = lambda: islice(batches(train, args.batch_seconds, args.seed), first, args.steps)
-    dealt = (batch[rank + world * part :: world * parts] for batch in plan() for part in range(parts))
+def train_loop(args, place, lesson, state, checkpoint):
+    """state: model, optimiser, and the step with which to begin."""
+    model, optimizer, first_step = state
+    device, train, ends = place.device, lesson.train, lesson.ends
+    segments = sum(len(e) for e in ends)
+    frames = sum(int(e[-1]) for e in ends)
+    mean_pseudo_alpha = segments / frames  # turns periods into λ before α has been learned
+
+    # The plan lists the utterances of every step, for all processes. Each process takes every
+    # (world · parts)-th of them for each of its parts, and reads those alone.
+    def plan():
+        return islice(batches(train, args.batch_seconds, args.seed), first_step, args.steps)
+
+    shares = place.world * args.accumulate
+    dealt = (
+        batch[place.rank + place.world * part :: shares]
+        for batch in plan()
+        for part in range(args.accumulate)
+    )
     arriving = loader(train, dealt, args.workers)
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    bar = tqdm(plan(), total=args.steps, initial=first, desc="pre-training", disable=rank > 0, smoothing=0.05)
-    started, heard = time.time(), 0.0
-    for step, batch in enumerate(bar, first):
-        lam = draw_lam(args, step, mean_alpha)
-        torch.manual_seed(hash((args.seed, step, rank)))                                 # dropout
-        n_frames, n_segments = sum(int(ends[i][-1]) for i in batch), sum(len(ends[i]) for i in batch)
-        non_finite = lambda what: FloatingPointError(
-            f"step {step}, λ = {lam:.3f}: {what}, utterances {[train.utterances[i].id for i in batch]}; "
-            + (f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"))
-        total, period = 0.0, 0.0
-        for part in range(parts):
+    parallel = model
+    if place.world > 1:
+        parallel = nn.parallel.DistributedDataParallel(model)
+    bar = tqdm(
+        plan(),
+        total=args.steps,
+        initial=first_step,
+        desc="pre-training",
+        disable=place.rank > 0,
+        smoothing=0.05,
+    )
+    started = time.time()
+    seconds_of_audio = 0.0
+    for step, batch in enumerate(bar, first_step):
+        # λ and dropout depend on the step alone, so that a resumed run draws the same.
+        lams = draw_lams(args, step, mean_pseudo_alpha)
+        torch.manual_seed(hash((args.seed, step, place.rank)))
+
+        total = 0.0
+        for part in range(args.accumulate):
             used, waveforms, lengths = next(arriving)
             waveforms, lengths = waveforms.to(device), lengths.to(device)
-            pseudo, number = (t.to(device) for t in boundaries.pseudo_alpha([ends[i] for i in used]))
-            targets = teacher(waveforms, lengths)
-            if world > 1:
-                parallel.require_backward_grad_sync = part == parts - 1                  # gradients are exchanged once a step
+            pseudo, number = boundaries.pseudo_alpha([ends[i] for i in used])
+            targets = lesson.teacher(waveforms, lengths)
+            if place.world > 1:  # gradients are exchanged once, after the last part
+                parallel.require_backward_grad_sync = part == args.accumulate - 1
             try:
-                with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(args, device)):
-                    encoded, distillation, covered = parallel(waveforms, lengths, targets, lam)
-            except ValueError as error:                                                  # α is NaN
-                raise non_finite(error) from None
-            loss = (distillation * covered).sum() / n_frames
-            if args.compression == "cif":
-                frame, segment = guidance(encoded.alpha, pseudo, number)
-                loss = loss + 0.5 * frame / n_frames + 0.05 * segment / n_segments
-                if args.quantity:
-                    mean = (encoded.alpha * (pseudo > 0)).sum(1) / encoded.frames
-                    loss = loss + args.quantity * (mean - FRAME_MS / args.segment_ms).abs().sum() / len(batch)
-            loss = loss * bool(used)                                                     # nothing to hear: no gradient
-            (loss * world).backward()                                                    # DDP averages, the loss is a sum
-            total, period = total + loss.item(), encoded.frame_period()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+                with torch.autocast(
+                    device.type, torch.bfloat16, enabled=use_bf16(args, device)
+                ):
+                    results = parallel(waveforms, lengths, targets, lams)
+            except ValueError as error:  # cif refuses α that are NaN
+                raise non_finite(error, step, lams, batch, train, checkpoint) from None
+            loss = step_loss(args, results, pseudo.to(device), number.to(device), batch, ends)
+            if not used:  # this process got none of the utterances, or could not read them
+                loss = loss * 0
+            # DDP takes the mean of the processes' gradients, but the loss is a sum over them.
+            (loss * place.world).backward()
+            total += loss.item()
+
+        # A gradient that is not finite would spoil the weights: stop before it is used.
+        norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         if not norm.isfinite():
-            raise non_finite(f"loss {total}, gradient {norm.item()}")
+            what = f"loss {total}, gradient {norm.item()}"
+            raise non_finite(what, step, lams, batch, train, checkpoint)
+        rise = (step + 1) / args.warmup
+        fall = (args.steps - step) / max(1, args.steps - args.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min((step + 1) / args.warmup, (args.steps - step) / max(1, args.steps - args.warmup), 1)
+            group["lr"] = args.lr * min(rise, fall, 1)
         optimizer.step()
         optimizer.zero_grad()
-        heard += sum(train.utterances[i].samples for i in batch) / SAMPLE_RATE
-        bar.set_postfix_str(f"loss {total * world:.3f}, λ {lam:.2f}, {period:.0f} ms, {heard / (time.time() - started):.0f} s/s")
-        if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
-            rows, held_out_alpha = evaluate(model, teacher, held_out, (0.0, 0.5, 1.0) if args.lam is None else (args.lam,), device)
-            model.encoder.mean_alpha.fill_(held_out_alpha)
-            losses = ", ".join(f"{np.mean(row['distillation']):.3f} at λ = {row['lam']:g}" for row in rows)
-            bar.write(f"step {step + 1}, held-out loss: {losses}")
-            save({**model.encoder.checkpoint(), "heads": model.heads.state_dict(), "optimizer": optimizer.state_dict(),
-                  "step": step + 1, "args": vars(args)}, checkpoint)
+
+        seconds_of_audio += sum(train.utterances[i].samples for i in batch) / SAMPLE_RATE
+        speed = seconds_of_audio / (time.time() - started)
+        shown = " ".join(f"{lam:.2f}" for lam in lams)
+        bar.set_postfix_str(f"loss {total * place.world:.3f}, λ {shown}, {speed:.0f} s/s")
+        done = step + 1
+        if place.rank == 0 and (done % args.save_every == 0 or done == args.steps):
+            bar.write(f"step {done}, held-out {check_held_out(args, place, model, lesson)}")
+            content = {
+                **model.encoder.checkpoint(),
+                "heads": model.heads.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": done,
+                "args": vars(args),
+            }
+            save(content, checkpoint)
+
+
+def step_loss(args, results, pseudo, number, batch, ends):
+    """The loss at the top of this file, of this process's part of the batch.
+
+    results: of the Distiller; pseudo, number (B, S): guidance. Counts are those of the whole
+    batch, wherever its other parts are, so that the parts add up to its mean.
+    """
+    n_frames = sum(int(ends[i][-1]) for i in batch)
+    n_segments = sum(len(ends[i]) for i in batch)
+    loss = 0.0
+    for _, distillation, covered in results:
+        loss = loss + (distillation * covered).sum() / (n_frames * len(results))
+    if args.compression == "cif":
+        encoded = results[0][0]  # α does not depend on λ: any of the results will do
+        frame_loss, segment_loss = guidance(encoded.alpha, pseudo, number)
+        loss = loss + 0.5 * frame_loss / n_frames + 0.05 * segment_loss / n_segments
+        if args.quantity:
+            mean = (encoded.alpha * (pseudo > 0)).sum(1) / encoded.frames  # (B,)
+            off = (mean - FRAME_MS / args.segment_ms).abs().sum()
+            loss = loss + args.quantity * off / len(batch)
+    return loss
+
+
+def non_finite(what, step, lams, batch, train, checkpoint) -> FloatingPointError:
+    """An error that says where it happened, and what is left."""
+    left = "there is no checkpoint yet"
+    if checkpoint.exists():
+        left = f"the last good checkpoint is {checkpoint}"
+    ids = [train.utterances[i].id for i in batch]
+    shown = ", ".join(f"{lam:.3f}" for lam in lams)
+    return FloatingPointError(f"step {step}, λ = {shown}: {what}, utterances {ids}; {left}")
 
 
 def resume(checkpoint, model, optimizer, args) -> int:
-    """Load a checkpoint of the same run into model and optimizer; returns the step with which to go on."""
+    """Load a checkpoint of the same run into model and optimiser; return the step to go on with."""
     content = load_checkpoint(checkpoint)
     if "optimizer" not in content:
         raise ValueError(f"{checkpoint} can't be resumed: pretrain.py did not write it")
     try:
-        differ = {k: (v, content["args"].get(k)) for k, v in vars(args).items() if k not in FREE and content["args"].get(k) != v}
+        then = content["args"]
+        differ = {
+            flag: (now, then.get(flag))
+            for flag, now in vars(args).items()
+            if flag not in MAY_CHANGE and then.get(flag) != now
+        }
         if not differ:
             model.encoder.load_state_dict(content["encoder"])
             model.heads.load_state_dict(content["heads"])
             optimizer.load_state_dict(content["optimizer"])
             return content["step"]
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{checkpoint} can't be resumed: it is damaged ({error!r:.200}). Choose another --out") from None
-    raise ValueError(f"{checkpoint} is of another run (flag: now, then): {differ}. Choose another --out")
+        raise ValueError(
+            f"{checkpoint} can't be resumed: it is damaged ({error!r:.200}). Choose another --out"
+        ) from None
+    raise ValueError(
+        f"{checkpoint} is of another run (flag: now, then): {differ}. Choose another --out"
+    )
 
 
-def report(args, model, teacher, test, device, out):
-    """Table, table.json, encoder.pt and figure.png of the finished run."""
+# 4. What has been learned, on speech that was held out.
+
+
+@torch.no_grad()
+def constant_loss(teacher, speech: Speech, device) -> list[float]:
+    """For each layer, the distillation loss of the best constant answer: the mean of the teacher's
+    vectors in this speech. An encoder that does no better has learned nothing."""
+
+    def targets():
+        """Batches of the teacher's vectors without padding: (frames, D) for each layer."""
+        for used, waveforms, lengths in loader(speech, by_length(speech)):
+            if used:
+                layers = teacher(waveforms.to(device), lengths.to(device))
+                frames = [frames_of(n) for n in lengths.tolist()]
+                yield [
+                    torch.cat([row[:n] for row, n in zip(layer, frames)]).float()
+                    for layer in layers
+                ]
+
+    sums = [0.0] * len(teacher.dims)
+    count = 0
+    for layers in targets():
+        count += len(layers[0])
+        sums = [total + layer.sum(0) for total, layer in zip(sums, layers)]
+    means = [total / count for total in sums]  # (D,) for each layer
+    losses = np.zeros(len(means))
+    for layers in targets():
+        for k, (mean, layer) in enumerate(zip(means, layers)):
+            losses[k] += distillation_loss(mean.expand_as(layer)[None], layer[None]).sum().item()
+    return (losses / count).tolist()
+
+
+@torch.no_grad()
+def evaluate(model: Distiller, teacher, speech: Speech, lams, device):
+    """Measure the encoder at each λ: a row (dict) for each, and the mean α of this speech."""
+    model.eval()
     encoder = model.encoder
+    rows = [{"lam": lam, "tokens": 0, "loss": 0.0, "covered": 0.0} for lam in lams]
+    frames = 0
+    mass = 0.0
+    for used, waveforms, lengths in loader(speech, by_length(speech)):
+        if not used:
+            continue
+        waveforms, lengths = waveforms.to(device), lengths.to(device)
+        results = model(waveforms, lengths, teacher(waveforms, lengths), lams)
+        for row, (encoded, losses, covered) in zip(rows, results):
+            row["tokens"] += encoded.lengths.sum().item()
+            row["loss"] = row["loss"] + (losses * covered).sum((1, 2)).double()  # (layers,)
+            row["covered"] += covered.sum().item()
+        valid = torch.arange(encoded.alpha.shape[1], device=device) < encoded.frames[:, None]
+        frames += encoded.frames.sum().item()
+        mass += (encoded.alpha * valid).sum().item()
+    mean_alpha = mass / frames
+
+    # The work is counted on some twenty utterances, each encoded alone.
+    order = [i for batch in by_length(speech) for i in batch]
+    some = order[:: max(1, len(order) // 20)]
+    _, waveforms, lengths = next(loader(speech, [some]))
+    sample = [waveform[:n] for waveform, n in zip(waveforms, lengths)]
+    constant = CONSTANT_ALPHA.get(encoder.config.compression)
+    for row in rows:
+        lam, tokens = row["lam"], row.pop("tokens")
+        row["period_ms"] = FRAME_MS * frames / tokens
+        row["closed_form_ms"] = (
+            FRAME_MS / constant if constant else period_from_lam(lam, mean_alpha)
+        )
+        row["tokens_per_s"] = 1000 / FRAME_MS * tokens / frames
+        row["distillation"] = (row.pop("loss") / row.pop("covered")).tolist()
+        row["transformer_gflops_per_s"] = transformer_gflops(encoder, sample, lam, device)
+    model.train()
+    return rows, mean_alpha
+
+
+def check_held_out(args, place, model, lesson) -> str:
+    """Measure α and the loss on held-out speech in the middle of a run, and say so in a line."""
+    lams = (0.0, 0.5, 1.0) if args.lam is None else (args.lam,)
+    rows, mean_alpha = evaluate(model, lesson.teacher, lesson.held_out, lams, place.device)
+    model.encoder.mean_alpha.fill_(mean_alpha)  # lam_for turns milliseconds into λ by it
+    losses = [f"{np.mean(row['distillation']):.3f} at λ = {row['lam']:g}" for row in rows]
+    return f"loss: {', '.join(losses)}"
+
+
+def report(args, place, model, teacher, test) -> str:
+    """Print the table of the finished run and write table.json, encoder.pt and figure.png.
+
+    Returns what is wrong, if the encoder has learned nothing, and else nothing.
+    """
+    encoder, out = model.encoder, Path(args.out)
     save(encoder.checkpoint(torch.float16), out / "encoder.pt")
-    lams = [encoder.lam_for(ms) for ms in PERIODS_MS] if args.lam is None else [args.lam]
-    rows, mean_alpha = evaluate(model, teacher, test, lams, device)
-    print_table(rows, mean_alpha, teacher.layers)
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {device}, torch {torch.__version__}"
-    table = {"rows": rows, "mean_alpha": mean_alpha, "args": vars(args), "machine": machine, "date": time.strftime("%Y-%m-%d")}
+    lams = [args.lam] if args.lam is not None else [encoder.lam_for(ms) for ms in PERIODS_MS]
+    rows, mean_alpha = evaluate(model, teacher, test, lams, place.device)
+    constant = constant_loss(teacher, test, place.device)
+    memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in KB
+    if sys.platform == "darwin":
+        memory_gb /= 1000
+    print_table(rows, mean_alpha, teacher.layers, constant)
+    print(f"most memory held at once: {memory_gb:.2f} GB")
+    processor = platform.processor() or platform.machine()
+    table = {
+        "rows": rows,
+        "constant": constant,
+        "mean_alpha": mean_alpha,
+        "memory_gb": memory_gb,
+        "args": vars(args),
+        "machine": f"{processor}, {os.cpu_count()} cores, {place.device}, torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
     (out / "table.json").write_text(json.dumps(table, indent=1))
-    # An English utterance of three seconds or so, if there is one, shows most.
-    shown = min(range(len(test)), key=lambda i: (test.utterances[i].language not in ("en", ""), abs(test.utterances[i].samples - 48_000)))
-    shown_lams = [lams[PERIODS_MS.index(ms)] for ms in (25, 50, 90)] if len(lams) > 1 else lams
+
+    # An English utterance of about three seconds, if there is one, makes the clearest figure.
+    def suits(i):
+        utterance = test.utterances[i]
+        return utterance.language not in ("en", ""), abs(utterance.samples - 3 * SAMPLE_RATE)
+
+    shown = min(range(len(test)), key=suits)
+    shown_lams = lams
+    if len(lams) > 1:
+        shown_lams = [lams[PERIODS_MS.index(ms)] for ms in (25, 50, 90)]
     model.to("cpu").eval()
-    utterance_figure(encoder, test[shown], test.utterances[shown].text, shown_lams, out / "figure.png")
-    print(f"wrote {out}/encoder.pt (load it with OFAEncoder.from_checkpoint), table.json and figure.png")
+    text = test.utterances[shown].text
+    utterance_figure(encoder, test[shown], text, shown_lams, out / "figure.png")
+    print(f"wrote {out}/encoder.pt (for OFAEncoder.from_checkpoint), table.json and figure.png")
+
+    loss, guess = np.mean(rows[0]["distillation"]), np.mean(constant)
+    if loss < LEARNED * guess:
+        return ""
+    return (
+        f"this encoder has learned nothing: its held-out loss at λ = {lams[0]:g} is {loss:.3f}, "
+        f"where one constant answer gets {guess:.3f}. Train for more --steps or with another --lr; "
+        "if that does not help, the teacher's vectors do not follow from the sound"
+    )
+
+
+def print_table(rows, mean_alpha, layers, constant):
+    """layers: the name of each distilled layer; constant: what one constant answer gets there."""
+    print(f"held-out speech, mean α = {mean_alpha:.4f}")
+    columns = ["λ", "ms / token", "closed form", "tokens / s"]
+    for layer in layers:
+        columns += [f"loss {layer}", "constant"]
+    columns.append("Transformer GFLOPs / s of speech")
+    print("  ".join(f"{column:>11}" for column in columns))
+    for row in rows:
+        cells = [f"{row['lam']:.2f}", f"{row['period_ms']:.1f}", f"{row['closed_form_ms']:.1f}"]
+        cells.append(f"{row['tokens_per_s']:.1f}")
+        for loss, guess in zip(row["distillation"], constant):
+            cells += [f"{loss:.3f}", f"{guess:.3f}"]
+        cells.append(f"{row['transformer_gflops_per_s']:.3f}")
+        print("  ".join(f"{cell:>11}" for cell in cells))
 
 
 if __name__ == "__main__":
@@ -299,6 +627,12 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        sys.exit("pretrain.py: another process has died, see its message; the same command with --resume goes on from the last checkpoint")
+        sys.exit(
+            "pretrain.py: another process has died, see its message; "
+            "the same command with --resume goes on from the last checkpoint"
+        )
     except KeyboardInterrupt:
-        sys.exit("pretrain.py: stopped; the same command with --resume goes on from the last checkpoint")
+        sys.exit(
+            "pretrain.py: stopped; "
+            "the same command with --resume goes on from the last checkpoint"
+        )

@@ -13,8 +13,9 @@ prompt on one side:
     pool     which of eight concepts the prompt mentions, in any of the five languages
 
 Your own: a TSV with a header row and columns `path`, `text` (ctc, seq2seq) or `label` (pool), and optionally `split` (train,
-valid, test; else drawn at random by seed 0, 70 / 10 / 20 % of the files). Paths are absolute or relative to the TSV. Text is
-put into lower case.
+valid, test; else drawn at random by seed 0, 70 / 10 / 20 % of the files, and about that of each
+label, which is in train in any case). Paths are absolute or relative to the TSV. Text is put into
+lower case.
 
 `python tasks.py` shows an example of each.
 """
@@ -53,6 +54,11 @@ class Task:
 
     def indices(self, split: str) -> list[int]:
         return [i for i, s in enumerate(self.splits) if s == split]
+
+
+def better(metric, a, b) -> bool:
+    """Whether score a is better than score b."""
+    return a > b if metric in HIGHER_IS_BETTER else a < b
 
 
 def load_task(kind: str, data="asterisk", root="data", seed=0) -> Task:
@@ -116,7 +122,12 @@ def _tsv(kind, path, seed):
         if row.get("split", "train") not in SPLITS:
             raise ValueError(f"{path}, line {number}: split is {row['split']!r}, expected one of {', '.join(SPLITS)}")
     files = [str((path.parent / row["path"]).resolve()) for row in rows]
-    splits = [row["split"] for row in rows] if "split" in rows[0] else draw_splits(files, seed)
+    if "split" in rows[0]:
+        splits = [row["split"] for row in rows]
+    elif kind == "pool":
+        splits = draw_splits_by_label(files, [row[column].strip() for row in rows], seed)
+    else:
+        splits = draw_splits(files, seed)
     side = {}
     for (number, row), file, split in zip(numbered, files, splits):
         if side.setdefault(file, split) != split:
@@ -138,13 +149,31 @@ def draw_splits(paths, seed):
     return [side[p] for p in paths]
 
 
+def draw_splits_by_label(paths, labels, seed):
+    """70 / 10 / 20 % of the files, and about that of each label, at random; but the first file of a
+    label is for train. A file listed twice stays on one side, and its first label counts."""
+    label_of = {}
+    for path, label in zip(paths, labels):
+        label_of.setdefault(path, label)
+    files = sorted(label_of)
+    random.Random(seed).shuffle(files)
+    files.sort(key=label_of.get)                                  # label by label, each as shuffled
+    side = dict.fromkeys(files, "train")
+    others = [f for before, f in zip(files, files[1:]) if label_of[f] == label_of[before]]
+    held_out = min(len(others), 3 * max(1, round(len(files) / 10)))
+    for k in range(held_out):                                     # at equal distances
+        side[others[k * len(others) // held_out]] = "valid" if k % 3 == 0 else "test"
+    return [side[p] for p in paths]
+
+
 def make_task(kind, metric, speech, targets, splits, symbols=(), **more) -> Task:
     """Checked: every split has an utterance, and every label is in train. symbols: if they are to be others than those of train."""
     task = Task(kind, metric, speech, targets, splits, list(symbols), **more)
     for split in SPLITS:
         if not task.indices(split):
             raise ValueError(f"no utterance is left for {split}: at least one each is needed for {', '.join(SPLITS)}. "
-                             "Without a column split, ten files or more are needed to draw them")
+                             "Without a column split they are drawn: that takes ten files or more, "
+                             "and at least two more files than labels")
     symbols_of = lambda target: {target} if isinstance(target, str) else set(target)
     task.symbols = task.symbols or sorted(set().union(*(symbols_of(targets[i]) for i in task.indices("train"))))
     if kind == "pool":

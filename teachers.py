@@ -8,12 +8,14 @@
 A teacher takes waveforms (B, samples) and lengths (B,) and returns a list of targets (B, S, D), one a layer.
 """
 
+import hashlib
+
 import torch
 import torchaudio
 from torch import nn
 
 from files import load_checkpoint
-from ofa_encoder import SAMPLE_RATE, STRIDES, cnn_features
+from ofa_encoder import SAMPLE_RATE, STRIDES, cnn_features, frames_of
 
 
 class MFCCTeacher(nn.Module):
@@ -59,10 +61,9 @@ class Wav2Vec2Teacher(nn.Module):
         return [hidden[layer - 1] for layer in self.layers]
 
 
-def load_teacher(name, layers=None, heads=None):
+def load_teacher(name, layers=None):
     """The teacher called name (see the top of this file). layers: which to teach, counted from 1; default: those at a third,
-    two thirds and the end. heads: attention heads of a model in a FILE, which its weights do not tell; default: dim / 64,
-    as in all published ones but XLarge, which has 16. Raises ValueError or OSError that says what to do."""
+    two thirds and the end. Raises ValueError or OSError that says what to do."""
     if name == "mfcc":
         return MFCCTeacher()
     if name == "hubert_base":
@@ -73,7 +74,7 @@ def load_teacher(name, layers=None, heads=None):
                           f"machine with a network and put it into {torch.hub.get_dir()}/checkpoints, "
                           "or use --teacher FILE, or --teacher mfcc, which needs no download") from None
     else:
-        model = _from_file(name, heads)
+        model = _from_file(name)
     depth = len(model.encoder.transformer.layers)
     layers = layers or sorted({max(1, depth // 3), max(1, 2 * depth // 3), depth})
     if not all(1 <= layer <= depth for layer in layers):
@@ -81,8 +82,9 @@ def load_teacher(name, layers=None, heads=None):
     return Wav2Vec2Teacher(model, layers)
 
 
-def _from_file(path, heads):
-    """Rebuild torchaudio's model from its weights alone: every size but the number of heads can be read off their shapes."""
+def _from_file(path):
+    """Rebuild torchaudio's model from its weights alone. Every size can be read off their shapes, but
+    for the number of heads: that is dim / 64 in all published models but XLarge, which has 16."""
     content = load_checkpoint(path)
     try:
         state = {k.removeprefix("wav2vec2."): v for k, v in content.items()}  # HuBERTPretrainModel has that prefix
@@ -100,7 +102,7 @@ def _from_file(path, heads):
             encoder_pos_conv_kernel=positions.shape[2],
             encoder_pos_conv_groups=dim // positions.shape[1],
             encoder_num_layers=len({k.split(".")[3] for k in state if k.startswith("encoder.transformer.layers.")}),
-            encoder_num_heads=heads or (16 if dim == 1280 else max(1, dim // 64)),
+            encoder_num_heads=16 if dim == 1280 else max(1, dim // 64),
             encoder_attention_dropout=0.0,
             encoder_ff_interm_features=state["encoder.transformer.layers.0.feed_forward.intermediate_dense.weight"].shape[0],
             encoder_ff_interm_dropout=0.0,
@@ -113,6 +115,32 @@ def _from_file(path, heads):
     except (AttributeError, KeyError, StopIteration, IndexError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is no state_dict of a HuBERT or wav2vec 2.0 model of torchaudio ({error!r:.200})") from None
     return model
+
+
+def fingerprint(teacher) -> str:
+    """A short hash of what the teacher (on the CPU) says of a fixed second of sound, so that what
+    is cached from one teacher is never taken for another's, even if only its code has changed.
+
+    Raises ValueError unless the teacher gives one vector for each of the CNN's frames.
+    """
+    time = torch.arange(SAMPLE_RATE) / SAMPLE_RATE
+    waveform = 0.1 * torch.sin(2 * torch.pi * (200 * time + 1500 * time.square()))  # a sweep
+    targets = teacher(waveform[None], torch.tensor([SAMPLE_RATE]))
+    numbers = []
+    for layer, dim, target in zip(teacher.layers, teacher.dims, targets, strict=True):
+        if target.shape != (1, frames_of(SAMPLE_RATE), dim):
+            raise ValueError(
+                f"layer {layer} of the teacher gives {target.shape[1]} vectors of "
+                f"{target.shape[2]} numbers for a second of sound; the encoder has "
+                f"{frames_of(SAMPLE_RATE)} frames there, and {dim} numbers were announced"
+            )
+        # A few sums with fixed weights, rounded: processors differ in the last digits.
+        said = target.flatten().double()
+        place = torch.arange(len(said))
+        for pitch in (0.7, 1.1, 1.9):
+            weighted = (said * torch.cos(pitch * place)).sum() / len(said) ** 0.5
+            numbers.append(round(float(weighted), 3))
+    return hashlib.sha1(str(numbers).encode()).hexdigest()[:12]
 
 
 def initialise(student, teacher) -> int:

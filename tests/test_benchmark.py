@@ -7,8 +7,7 @@ import sys
 import pytest
 
 import benchmark
-from boundaries import frames_of
-from ofa_encoder import PRESETS
+from ofa_encoder import PRESETS, frames_of
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from torch_cif import cif_function
 
 import cif as cif_module
-from cif import cif, cif_loop, expand
+from cif import MAX_TOKENS_PER_FRAME, cif, cif_loop, expand
 
 # Eighths make running totals land exactly on token ends; free floats do not; zeros and α > 1 occur.
 weights = st.one_of(st.integers(0, 24).map(lambda n: n / 8), st.floats(2**-10, 3, width=32), st.just(0.0), st.just(1.0))
@@ -67,10 +67,11 @@ def test_matches_dense_float64_with_nan_in_the_padding(case):
         tokens, times, share = overlaps(x[b, :n], alpha[b, :n], keywords["threshold"], keywords["tail_threshold"], target)
         T = len(tokens)
         assert fired.lengths[b] == T and (target is None or T == target)
-        assert np.abs(fired.tokens[b, :T].numpy() - tokens).max(initial=0) <= 1e-6
+        assert np.abs(fired.tokens[b, :T].numpy() - tokens).max(initial=0) <= 1e-5
         assert np.allclose(fired.fire_times[b, :T], times, rtol=0, atol=1e-4 * len(alpha))
         assert not fired.tokens[b, T:].any() and not fired.fire_times[b, T:].any()
-        assert np.abs(back[b, :n].numpy() - share @ fired.tokens[b, :T].double().numpy()).max(initial=0) <= 1e-6
+        expected = share @ fired.tokens[b, :T].double().numpy()
+        assert np.abs(back[b, :n].numpy() - expected).max(initial=0) <= 1e-5
         assert not back[b, n:].any()
 
 
@@ -89,8 +90,8 @@ def test_loop_and_vectorised_agree_in_values_and_gradients(case):
         if loop is None:
             assert vectorised is None or not vectorised.any()
         else:
-            tolerance = 1e-6 if loop.dtype == torch.float32 else 1e-9  # fire times are float32
-            torch.testing.assert_close(vectorised, loop, rtol=tolerance, atol=tolerance)
+            # Fire times are float32; a small tail is scaled up, and its rounding errors with it.
+            torch.testing.assert_close(vectorised, loop, rtol=1e-6, atol=1e-6)
 
 
 @given(cases())
@@ -185,6 +186,24 @@ def test_nothing_fires():
     fired = cif(torch.ones(2, 3, 4), torch.zeros(2, 3))
     assert fired.tokens.shape == (2, 0, 4) and fired.lengths.tolist() == [0, 0]
     assert not expand(fired.tokens, fired).any()
+
+
+@pytest.mark.parametrize("function", [cif, cif_loop])
+def test_too_many_tokens_are_refused(function):
+    """Too many is a mean over the valid frames of one utterance, of the α that are integrated."""
+    x, lengths = torch.ones(2, 4, 3), torch.tensor([4, 2])
+    most = MAX_TOKENS_PER_FRAME
+    alpha = torch.tensor([[most, most, most, most], [2 * most, 0, 1e30, 1e30]])
+    assert function(x, alpha, lengths).lengths.tolist() == [4 * most, 2 * most]
+    with pytest.raises(ValueError, match=f"alpha asks for {most + 1} tokens a frame in one"):
+        function(x, alpha + torch.tensor([[0], [1]]), lengths)
+    with pytest.raises(ValueError, match=f"asks for {2 * most} tokens a frame"):
+        function(x, alpha, lengths, threshold=0.5)
+
+    targets = torch.tensor([3, 2])                               # whatever α was before
+    assert function(x, alpha * 1e6, lengths, target_lengths=targets).lengths.tolist() == [3, 2]
+    with pytest.raises(ValueError, match=r"asks for 5e\+08 tokens a frame"):
+        function(x, alpha, lengths, target_lengths=torch.tensor([3, 10**9]))
 
 
 def test_imports_torch_alone():

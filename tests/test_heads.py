@@ -74,7 +74,7 @@ def test_beam_finds_no_worse_than_greedy():
             head.beam = 50
             (best,) = head.predict(x, lengths)
             if len(greedy) < 5 and len(best) < 5:
-                assert mean_score(best) >= mean_score(greedy) - 1e-5
+                assert mean_score(best) >= mean_score(greedy) - 1e-4
 
 
 def test_heads_learn():

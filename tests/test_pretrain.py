@@ -1,4 +1,4 @@
-"""pretrain.py and evaluate.py on forty real prompts: what a run leaves, resuming, dealing batches out, kills, full disks and memory."""
+"""pretrain.py on forty real prompts: what a run leaves, resuming, dealing batches out, kills, full disks, memory."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,16 +22,25 @@ import torch
 from hypothesis import settings
 
 import data
-import evaluate as evaluate_module
 import pretrain
-from data import batches, load, loader, pad
-from evaluate import evaluate, transformer_gflops
+from data import batches, by_length, load, loader, pad
+from evaluate import transformer_gflops
 from files import load_checkpoint
-from ofa_encoder import PRESETS, OFAEncoder, period_from_lam
-from pretrain import Distiller, draw_lam, guidance
-from teachers import load_teacher
+from ofa_encoder import PRESETS, OFAEncoder, frames_of, period_from_lam
+from pretrain import Distiller, constant_loss, draw_lams, evaluate, guidance
+from teachers import MFCCTeacher, load_teacher
 
 REPO = Path(pretrain.__file__).parent
+
+
+@contextmanager
+def suppress_nothing_learned():
+    """Six steps teach next to nothing. pretrain.py says so at its end, when all files are written."""
+    try:
+        yield
+    except ValueError as error:
+        if "has learned nothing" not in str(error):
+            raise
 
 
 @pytest.fixture
@@ -39,12 +48,12 @@ def run(folder, tmp_path, tmp_path_factory, monkeypatch):
     """run("--out", "a", …) pre-trains in tmp_path for six quick steps; later flags win."""
     monkeypatch.chdir(tmp_path)
     root = tmp_path_factory.getbasetemp() / "root"  # boundaries are found once
-    base = ["--data", str(folder), "--root", str(root), "--steps", "6", "--batch-seconds", "8", "--warmup", "2", "--device", "cpu",
-            "--precision", "fp32"]
+    base = ["--data", str(folder), "--root", str(root), "--steps", "6", "--batch-seconds", "8", "--warmup", "2", "--device", "cpu"]
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *base, *flags])
-        pretrain.main()
+        with suppress_nothing_learned():
+            pretrain.main()
     run.flags = base
     return run
 
@@ -55,7 +64,7 @@ def weights(path):
 
 
 def test_a_run_leaves_encoder_table_and_figure(run, folder, capsys):
-    run("--out", "a", "--quantity", "0.1", "--lam-distribution", "uniform-period", "--precision", "bf16", "--workers", "1")
+    run("--out", "a", "--quantity", "0.1", "--lam-distribution", "uniform-period", "--workers", "1")
     table = json.loads(Path("a/table.json").read_text())
     assert table["rows"][0]["lam"] == 0 and len(table["rows"]) == 6
     for row, asked in zip(table["rows"], (20, 25, 33, 50, 90, 180)):
@@ -70,9 +79,8 @@ def test_a_run_leaves_encoder_table_and_figure(run, folder, capsys):
     assert encoder(load(str(folder))[0][None], lam=encoder.lam_for(60)).hidden_states[-1].isfinite().all()
     assert Path("a/figure.png").stat().st_size > 20_000 and "closed form" in capsys.readouterr().out
     assert not list(Path("a").glob("*.partial"))
-    runpy_main("evaluate.py", "a/checkpoint.pt")
-    again = capsys.readouterr().out
-    assert f"{table['rows'][2]['period_ms']:.1f}" in again
+    run("--out", "a", "--quantity", "0.1", "--lam-distribution", "uniform-period", "--resume")  # finished: the table again
+    assert json.loads(Path("a/table.json").read_text())["rows"] == table["rows"]
 
 
 def runpy_main(script, *flags):
@@ -93,15 +101,35 @@ def test_single_rate_peers(run, flags, period):
     assert OFAEncoder.from_checkpoint("peer/encoder.pt").config.compression == (flags[1] if "--compression" in flags else "cif")
 
 
-def test_training_brings_the_loss_down(run, folder):
-    speech, teacher = load(str(folder)).part("train"), load_teacher("mfcc")
-    losses = []
-    for steps in (1, 60):
-        run("--out", f"s{steps}", "--steps", str(steps), "--lr", "2e-3")
-        distiller, _ = Distiller.from_checkpoint(f"s{steps}/checkpoint.pt")
-        rows, _ = evaluate(distiller, teacher, speech, (0.25, 1.0))
-        losses.append([row["distillation"][0] for row in rows])
-    assert losses[1][0] < losses[0][0] - 0.2 and losses[1][1] < losses[0][1] - 0.1
+def test_a_hundred_steps_teach_more_than_a_constant_answer(run, capsys, monkeypatch):
+    """And a teacher whose vectors lie at other times than the sound's can't be learned from: the run says so."""
+    flags = ("--steps", "100", "--lr", "2e-3")
+    run("--out", "learned", *flags)
+    table = json.loads(Path("learned/table.json").read_text())
+    losses = [row["distillation"][0] for row in table["rows"]]
+    assert losses[0] < 0.9 * table["constant"][0] and losses[4] < table["constant"][0]
+
+    forward = MFCCTeacher.forward
+    def shuffled(self, waveforms, lengths):
+        (target,) = forward(self, waveforms, lengths)
+        for row, n in zip(target, (frames_of(n) for n in lengths.tolist())):
+            row[:n] = row[torch.randperm(n)]
+        return [target]
+    monkeypatch.setattr(MFCCTeacher, "forward", shuffled)
+    with pytest.raises(SystemExit, match="has learned nothing: its held-out loss at λ = 0 is 1.*one constant answer gets"):
+        runpy_main("pretrain.py", *run.flags, *flags, "--out", "shuffled")
+    assert Path("shuffled/encoder.pt").exists()
+
+
+def test_the_best_constant_answer_by_hand(folder):
+    """Against the definition, on all frames at once; padding and batches make no difference."""
+    speech, teacher = load(str(folder)).few(7), load_teacher("mfcc")
+    rows = torch.cat([teacher(speech[i][None], torch.tensor([len(speech[i])]))[0][0] for i in range(7)]).numpy()
+    mean = rows.mean(0)
+    cosine = rows @ mean / (np.linalg.norm(rows, axis=1) * np.linalg.norm(mean))
+    expected = np.abs(rows - mean).mean() + np.log(1 + np.exp(-cosine)).mean()
+    # MFCCs are normalised to mean 0: of a mean that is all rounding the direction says nothing.
+    assert constant_loss(teacher, speech, "cpu")[0] == pytest.approx(expected, abs=0.05)
 
 
 def assert_same(*outs):
@@ -130,24 +158,30 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(run, monkeypatch):
     assert_same("straight", "stopped")
 
 
-def test_parts_of_a_batch_add_up(run):
-    flags = ("--steps", "3", "--lr", "1e-4")
-    run("--out", "whole", *flags)
-    run("--out", "parts", *flags, "--accumulate", "2")
-    run("--out", "crumbs", *flags, "--accumulate", "12")  # more parts than utterances: some are empty
-    whole = weights("whole/checkpoint.pt")
-    for other in ("parts", "crumbs"):
-        assert max((whole[k] - v).abs().max() for k, v in weights(f"{other}/checkpoint.pt").items()) <= 1e-5
+def test_parts_of_a_batch_add_up(run, monkeypatch):
+    """The gradient of a step does not depend on the parts in which its batch was taken. (Weights would not do:
+    Adam turns the last digit of a gradient near zero into a step of full size.)"""
+    gradients = {}
+    clip = pretrain.nn.utils.clip_grad_norm_
+    def keep(parameters, norm):
+        parameters = list(parameters)
+        gradients[out] = torch.cat([p.grad.flatten() for p in parameters])
+        return clip(parameters, norm)
+    monkeypatch.setattr(pretrain.nn.utils, "clip_grad_norm_", keep)
+    for out, parts in (("whole", "1"), ("parts", "2"), ("crumbs", "12")):  # in 12, some are empty
+        run("--out", out, "--steps", "1", "--accumulate", parts)
+    for out in ("parts", "crumbs"):
+        assert (gradients["whole"] - gradients[out]).norm() < 1e-3 * gradients["whole"].norm()
 
 
 SPY = """
 # pretrain.py as it is; this process notes what it hears and at which λ, and the files that it writes. Rank 1 can be made to die.
 import json, os, runpy, signal, sys
-import boundaries, data, evaluate, ofa_encoder  # before data.loader is replaced: they read sound too
+import boundaries, data, ofa_encoder  # before data.loader is replaced: boundaries reads sound too
 
 script, log, dies_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 sys.argv = [script, *sys.argv[4:]]
-file, rank, loader, forward, lams = open(log + os.environ["RANK"], "w"), os.environ["RANK"], data.loader, ofa_encoder.OFAEncoder.forward, []
+file, rank, loader, encode, lams = open(log + os.environ["RANK"], "w"), os.environ["RANK"], data.loader, ofa_encoder.OFAEncoder.encode, []
 note = lambda what, value: print(json.dumps([what, value]), file=file, flush=True)
 
 def noted_loader(speech, *rest):
@@ -155,13 +189,13 @@ def noted_loader(speech, *rest):
         note("heard", [speech.utterances[i].id for i in used])
         yield used, *sound
 
-def noted_forward(self, waveforms, lengths=None, lam=0.0):
+def noted_encode(self, x, frames, lam=0.0):
     if self.training:
         note("lam", lam)
         if rank == "1" and len(lams) == dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
         lams.append(lam)
-    return forward(self, waveforms, lengths, lam)
+    return encode(self, x, frames, lam)
 
 def audit(event, arguments):
     if event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
@@ -169,7 +203,7 @@ def audit(event, arguments):
     if event == "os.rename":
         note("wrote", os.path.abspath(arguments[1]))
 
-data.loader, ofa_encoder.OFAEncoder.forward = noted_loader, noted_forward
+data.loader, ofa_encoder.OFAEncoder.encode = noted_loader, noted_encode
 sys.addaudithook(audit)
 runpy.run_path(script, run_name="__main__")
 """
@@ -183,6 +217,7 @@ def test_two_processes_train_as_one_and_one_that_dies_ends_the_job(run, folder, 
     while sum(map(len, epoch)) < len(train):
         epoch.append(next(plan))
     assert any(len(batch) % 2 for batch in epoch) and min(map(len, epoch)) == 1
+    trained = {u.id for u in train.utterances}  # what else is heard, is heard in evaluation
     flags = ["--steps", str(len(epoch)), "--lr", "1e-4", "--save-every", "2"]
     run("--out", "one", *flags)
     Path("spy.py").write_text(SPY)
@@ -192,20 +227,23 @@ def test_two_processes_train_as_one_and_one_that_dies_ends_the_job(run, folder, 
                                str(REPO / "pretrain.py"), log, str(dies_at), *run.flags, *flags, "--accumulate", "2", "--out", "two", *more],
                               capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)})
         notes = [[json.loads(line) for line in Path(f"{log}{rank}").read_text().splitlines()] for rank in (0, 1)]
+        notes = [[(what, value) for what, value in rank if what != "heard" or trained >= set(value)] for rank in notes]
         return done, [{what: [value for w, value in rank if w == what] for what in ("heard", "lam", "wrote")} for rank in notes]
 
-    done, before = start("before", 6)
+    done, before = start("before", 18)
     assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr and "[rank0]: Traceback" not in done.stderr
-    assert load_checkpoint("two/checkpoint.pt")["step"] == 2 and len(before[1]["lam"]) == 7
+    assert load_checkpoint("two/checkpoint.pt")["step"] == 2 and len(before[1]["lam"]) == 19
     done, after = start("after", -1, "--resume")
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0 or "has learned nothing" in done.stderr, done.stderr[-2000:]
     assert done.stdout.count("closed form") == 1          # only rank 0 reports
     one, two = weights("one/checkpoint.pt"), weights("two/checkpoint.pt")
-    assert max((one[k] - v).abs().max() for k, v in two.items()) <= 1e-5
+    # Adam turns the last digit of a gradient near zero into a step of full size, so a few weights may differ by that.
+    apart = torch.cat([(one[k] - v).flatten() for k, v in two.items()])
+    assert apart.square().mean().sqrt() < 0.1 * 1e-4      # a tenth of one step
 
-    lams, heard = ([before[rank][what][:4] + after[rank][what] for rank in (0, 1)] for what in ("lam", "heard"))  # in steps that counted
-    args = SimpleNamespace(seed=0, lam=None, lam_max=1.6, lam_distribution="uniform")
-    assert lams[0] == lams[1] == [draw_lam(args, step, 0.2) for step in range(len(epoch)) for _ in range(2)]
+    lams, heard = ([before[rank][what][: 4 if what == "heard" else 12] + after[rank][what] for rank in (0, 1)] for what in ("lam", "heard"))  # in steps that counted
+    args = SimpleNamespace(seed=0, lam=None, lams_per_step=3, lam_max=1.6, lam_distribution="uniform")
+    assert lams[0] == lams[1] == sum((2 * draw_lams(args, step, 0.2) for step in range(len(epoch))), [])
     assert [] in heard[1] and sorted(sum(heard[0] + heard[1], [])) == sorted(u.id for u in train.utterances)
     wrote = [{Path(path).name.split(".")[0] for path in rank["wrote"] if path.startswith(str(tmp_path))} for rank in after]
     assert wrote == [{"checkpoint", "encoder", "table", "figure"}, set()]
@@ -281,14 +319,14 @@ def test_memory_does_not_grow_with_the_corpus(folder, tmp_path):
                                     "--workers", "1", "--steps", "4", "--batch-seconds", "8", "--lam", "0.5", "--device", "cpu"],
                                    cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
         _, status, used = os.wait4(process.pid, 0)
-        assert status == 0
+        assert os.waitstatus_to_exitcode(status) in (0, 1) and Path(tmp_path, f"out-{count}/table.json").exists()
         peaks.append(used.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
     print(f"peak memory: {peaks[0]:.0f} MB with 240 files, {peaks[1]:.0f} MB with 2,400")
     assert peaks[1] < peaks[0] + 30
 
 
 def test_evaluation_does_not_keep_what_it_has_heard(asterisk, monkeypatch):
-    """Of ten batches no more than three are in memory at once: this one, the one before, and the sample on which work is counted."""
+    """No more than three batches are in memory at once: this one, the one before, and the sample on which work is counted."""
     arrays, most = [], []
     def watched_loader(speech, plan):
         for used, waveforms, lengths in loader(speech, plan):
@@ -297,9 +335,10 @@ def test_evaluation_does_not_keep_what_it_has_heard(asterisk, monkeypatch):
             most.append(sum(a() is not None for a in arrays))
             waveforms, array = torch.from_numpy(array), None
             yield used, waveforms, lengths
-    monkeypatch.setattr(evaluate_module, "loader", watched_loader)
-    evaluate(Distiller(OFAEncoder(PRESETS["tiny"]), [39]), load_teacher("mfcc"), asterisk.few(160), (1.0,))
-    assert len(arrays) == 11 and max(most) <= 3
+    monkeypatch.setattr(pretrain, "loader", watched_loader)
+    few = asterisk.few(160)
+    evaluate(Distiller(OFAEncoder(PRESETS["tiny"]), [39]), load_teacher("mfcc"), few, (1.0,), "cpu")
+    assert len(arrays) == len(by_length(few)) + 1 > 5 and max(most) <= 3
 
 
 def test_guidance_by_hand():
@@ -315,27 +354,50 @@ def test_distillation_loss_is_the_formula(asterisk):
     distiller = Distiller(OFAEncoder(PRESETS["tiny"]), [39]).eval()
     waveforms, lengths = pad([asterisk[3], asterisk[500]])
     (target,) = load_teacher("mfcc")(waveforms, lengths)
-    out, losses, covered = distiller(waveforms, lengths, [target], 0.0)
+    (out, losses, covered), (_, _, at_the_end) = distiller(waveforms, lengths, [target], [0.0, 1.9])
     predicted = distiller.heads[0](out.hidden_states[-1])
     for b, s in ((0, 0), (0, 7), (1, 11)):
         p, h = predicted[b, s].numpy(), target[b, s].numpy()
         cosine = p @ h / (np.linalg.norm(p) * np.linalg.norm(h))
         assert losses[0, b, s].item() == pytest.approx(np.abs(p - h).mean() + math.log(1 + math.exp(-cosine)), rel=1e-4)
     assert torch.equal(covered > 0, torch.arange(covered.shape[1]) < out.frames[:, None])
-    _, _, covered = distiller(waveforms, lengths, [target], 1.9)  # a tail that fires no token is not covered
-    assert 0.5 < covered[0, : out.frames[0]].mean() <= 1 + 1e-6 and not covered[1, out.frames[1]:].any()
+    # At λ = 1.9 a tail that fires no token is not covered.
+    assert 0.5 < at_the_end[0, : out.frames[0]].mean() <= 1 + 1e-6 and not at_the_end[1, out.frames[1]:].any()
 
 
-def test_lam_is_drawn_as_asked():
-    args = SimpleNamespace(seed=1, lam=None, lam_max=1.5, lam_distribution="uniform")
-    drawn = [draw_lam(args, step, 0.22) for step in range(2000)]
+def test_dropping_a_tail_is_not_rewarded(asterisk):
+    """What is covered weighs the loss and has no gradient: were all frames predicted equally badly, α would learn nothing."""
+    torch.manual_seed(0)
+    distiller = Distiller(OFAEncoder(PRESETS["tiny"]), [39])
+    waveforms, lengths = pad([asterisk[3], asterisk[500]])
+    ((out, losses, covered),) = distiller(waveforms, lengths, load_teacher("mfcc")(waveforms, lengths), [1.0])
+    assert out.fired.width.requires_grad and losses.requires_grad and not covered.requires_grad
+
+
+def test_lams_are_drawn_as_asked():
+    args = SimpleNamespace(seed=1, lam=None, lams_per_step=1, lam_max=1.5, lam_distribution="uniform")
+    drawn = [lam for step in range(2000) for lam in draw_lams(args, step, 0.22)]
     assert 0 <= min(drawn) < 0.01 and 1.49 < max(drawn) <= 1.5 and np.mean(drawn) == pytest.approx(0.75, abs=0.03)
-    assert drawn[:3] == [draw_lam(args, step, 0.22) for step in range(3)] != [draw_lam(args, step + 1, 0.22) for step in range(3)]
-    args.lam_distribution = "uniform-period"
-    periods = [period_from_lam(draw_lam(args, step, 0.22), 0.22) for step in range(2000)]
+    assert drawn[:3] == [draw_lams(args, step, 0.22)[0] for step in range(3)] != [draw_lams(args, step + 1, 0.22)[0] for step in range(3)]
+    args.lams_per_step = 3
+    drawn = np.array([draw_lams(args, step, 0.22) for step in range(2000)])  # 0, then one from each half
+    assert (drawn[:, 0] == 0).all() and drawn[:, 1].max() <= 0.75 <= drawn[:, 2].min() and drawn.max() <= 1.5
+    assert drawn.mean(0) == pytest.approx([0, 0.375, 1.125], abs=0.03)
+    args.lams_per_step, args.lam_distribution = 1, "uniform-period"
+    periods = [period_from_lam(draw_lams(args, step, 0.22)[0], 0.22) for step in range(2000)]
     assert np.mean(periods) == pytest.approx((20 + period_from_lam(1.5, 0.22)) / 2, rel=0.03)
     args.lam = 0.4
-    assert draw_lam(args, 5, 0.22) == 0.4
+    assert draw_lams(args, 5, 0.22) == [0.4]
+
+
+def test_bf16_on_a_gpu_alone(run, monkeypatch):
+    """On a CPU it is refused. The code that only a GPU reaches is exercised all the same."""
+    with pytest.raises(ValueError, match="--precision bf16 is for CUDA, and this is cpu"):
+        run("--out", "bf16", "--precision", "bf16")
+    assert not Path("bf16").exists()
+    monkeypatch.setattr(pretrain, "use_bf16", lambda args, device: True)
+    run("--out", "bf16", "--steps", "2")
+    assert all(v.isfinite().all() for v in weights("bf16/checkpoint.pt").values())
 
 
 @torch.no_grad()
@@ -352,9 +414,9 @@ def test_non_finite_loss_stops_with_its_cause(run, monkeypatch):
     def poisoned(*a):
         teacher = real(*a)
         forward = teacher.forward
-        teacher.forward = lambda *b: [t * (math.nan if counter.append(0) or len(counter) > 10 else 1) for t in forward(*b)]
+        teacher.forward = lambda *b: [t * (math.nan if counter.append(0) or len(counter) > 7 else 1) for t in forward(*b)]
         return teacher
-    counter = []  # calls: two steps, held-out evaluation at three λ, two steps, three λ again; then step 4
+    counter = []  # calls: the fingerprint, two steps, held-out evaluation, two steps, evaluation again; then step 4
     run("--out", "warm", "--steps", "1")  # finds the boundaries
     monkeypatch.setattr(pretrain, "load_teacher", poisoned)
     with pytest.raises(FloatingPointError, match=r"step 4, λ = .*utterances \['.*\.wav'.*last good checkpoint"):

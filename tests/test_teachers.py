@@ -6,7 +6,7 @@ import torchaudio
 
 from data import pad
 from ofa_encoder import PRESETS, Config, OFAEncoder
-from teachers import initialise, load_teacher
+from teachers import MFCCTeacher, fingerprint, initialise, load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def test_a_file_gives_torchaudios_layers(prompts, tmp_path, mode):
 
 def test_student_starts_as_the_teacher(tmp_path):
     torch.save(wav2vec2(dim=64).state_dict(), tmp_path / "teacher.pt")
-    teacher = load_teacher(str(tmp_path / "teacher.pt"), heads=2)
-    student = OFAEncoder(Config(channels=(32,) * 7, dim=64, heads=2, ff=64, layers=2, pos_kernel=16))
+    teacher = load_teacher(str(tmp_path / "teacher.pt"))
+    student = OFAEncoder(Config(channels=(32,) * 7, dim=64, heads=1, ff=64, layers=2, pos_kernel=16))
     copied = initialise(student, teacher)
     ours, theirs = student.state_dict(), teacher.model.state_dict()
     same = [k for k in ours if k in theirs and ours[k].shape == theirs[k].shape]
@@ -78,3 +78,16 @@ def test_no_network_for_hubert_says_what_to_do(monkeypatch):
     monkeypatch.setattr(type(torchaudio.pipelines.HUBERT_BASE), "get_model", offline)
     with pytest.raises(OSError, match="(?s)HuBERT Base could not be downloaded.*--teacher mfcc"):
         load_teacher("hubert_base")
+
+
+def test_a_fingerprint_is_what_a_teacher_says(tmp_path, monkeypatch):
+    torch.save(wav2vec2().state_dict(), tmp_path / "teacher.pt")
+    teachers = [load_teacher("mfcc"), *(load_teacher(str(tmp_path / "teacher.pt"), layers) for layers in ([1], [2], [1, 2]))]
+    found = [fingerprint(teacher) for teacher in teachers]
+    assert len(set(found)) == 4 and fingerprint(load_teacher("mfcc")) == found[0]
+    forward = MFCCTeacher.forward
+    monkeypatch.setattr(MFCCTeacher, "forward", lambda self, *a: [1.1 * t for t in forward(self, *a)])  # another code
+    assert fingerprint(load_teacher("mfcc")) != found[0]
+    monkeypatch.setattr(MFCCTeacher, "forward", lambda self, *a: [t[:, 1:] for t in forward(self, *a)])
+    with pytest.raises(ValueError, match="layer mfcc of the teacher gives 48 vectors .* the encoder has 49 frames"):
+        fingerprint(load_teacher("mfcc"))

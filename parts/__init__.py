@@ -1,0 +1,13 @@
+"""What the stages are built from. Import this package before torch: it sets how torch uses a CPU.
+
+OpenMP's threads spin while they wait for one another. Beside another busy process the one that is
+waited for is not running at all, and a training step takes five times as long; so they spin for a
+few microseconds and then sleep. oneDNN keeps a compiled kernel for every shape of batch that it
+has met, 3 GB of them in pre-training; the last eight are enough. Both libraries read these
+variables once, when torch loads them; what you have set yourself is kept.
+"""
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
