@@ -29,11 +29,11 @@ notebooks: data/asterisk.pt
 	.venv/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 benchmark: data/asterisk.pt
-	.venv/bin/python benchmark.py
+	.venv/bin/python -m extras.benchmark
 
 results: data/asterisk.pt
-	.venv/bin/python firing.py checkpoints/ofa-tiny.pt $(RESULTS)/firing.json
-	.venv/bin/python results.py $(RESULTS)
+	.venv/bin/python -m extras.firing checkpoints/ofa-tiny.pt $(RESULTS)/firing.json
+	.venv/bin/python -m extras.results $(RESULTS)
 
 sweep: RESULTS = runs/results
 sweep: points-ofa $(PEERS:%=points-%) points-baselines points-adaptive
@@ -41,7 +41,7 @@ sweep: points-ofa $(PEERS:%=points-%) points-baselines points-adaptive
 
 points-ofa: data/asterisk.pt
 	for task in $(TASKS); do $(FINETUNE) $(OFA) --task $$task --lam 0 0.51 0.78 1.04 1.53 --out $(RESULTS)/ofa || exit 1; done
-	$(FINETUNE) $(OFA) --task ctc --slots 3 --lam 0.78 1.04 1.53 --out $(RESULTS)/slots
+	$(FINETUNE) $(OFA) --task ctc --symbols-per-token 3 --lam 0.78 1.04 1.53 --out $(RESULTS)/slots
 
 points-baselines: data/asterisk.pt
 	for task in $(TASKS); do $(FINETUNE) --features logmel --task $$task --out $(RESULTS)/baselines || exit 1; done
@@ -65,7 +65,7 @@ runs/%/encoder.pt: | data/asterisk.pt
 
 data/asterisk.pt: | .venv/installed
 	@echo "== fetching the embedded corpus into data/"
-	.venv/bin/python asterisk.py
+	.venv/bin/python -m parts.asterisk
 
 .venv/installed: requirements.txt
 	@echo "== installing requirements.txt into .venv (torch is large: a few minutes)"

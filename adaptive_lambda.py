@@ -42,29 +42,41 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from finetune import arguments, check, prepare, save_head, train
-from flags import check_numbers
-from heads import emissions
-from heard import Frames, Heard, Learner
+from finetune import build_parser, check, prepare, save_head, train
 from ofa_encoder import FRAME_MS
-from points import command, cost_of, is_there, save_point
+from parts.cache import FrameCache, HiddenStateCache, TrainableSource
+from parts.heads import emissions
+from parts.runs import already_done, check_numbers, command, cost_of, save_point
 
 LIMIT = 1.99  # at 2, α′ is 0 and nothing fires
 
 
-class LearnedLam(Learner):
+class LearnedLam(TrainableSource):
     """λ, and what is heard at it. freeze: steps for which λ rests; jitter: how far a step's λ may lie from it;
     needed: tokens that each utterance needs, where that matters; guess: the cost of one that is missing."""
 
     keep_last = True
 
-    def __init__(self, start, encoder, frames: Frames, lr=0.02, freeze=0, jitter=0.0, price=0.0, needed=None, guess=0.0):
+    def __init__(
+        self,
+        start,
+        encoder,
+        frames: FrameCache,
+        lr=0.02,
+        freeze=0,
+        jitter=0.0,
+        price=0.0,
+        needed=None,
+        guess=0.0,
+    ):
         super().__init__()
         self.price, self.guess, self.jitter, self.left = price, guess, jitter, freeze
         self.needed = None if needed is None else torch.tensor(needed, device=frames.device)
         self.raw = nn.Parameter(torch.logit(torch.tensor(start / LIMIT, device=frames.device)))
         self.groups = [{"params": [self.raw], "lr": lr, "min_lr": lr / 10, "weight_decay": 0.0}]
-        self.encode = lambda indices, lam: encoder.encode(*frames(indices), lam)  # not a submodule: the encoder stays as it is
+        self.encode = lambda indices, lam: encoder.encode(
+            *frames(indices), lam
+        )  # not a submodule: the encoder stays as it is
         self.frames, self.tokens = 0, 0
 
     @property
@@ -78,13 +90,16 @@ class LearnedLam(Learner):
         if self.training:
             lam = (lam + self.jitter * (2 * torch.rand((), device=lam.device) - 1)).clamp(0, LIMIT)
         out = self.encode(indices, lam)
-        mass = out.fired.alpha.sum(1)                                             # (B,) Σ α′: CIF's α is our α′
+        mass = out.fired.alpha.sum(1)  # (B,) Σ α′: CIF's α is our α′
         self.cost = self.price * mass.sum() / out.frames.sum()
         if self.needed is not None:
             needed = self.needed[list(indices)]
             self.cost = self.cost + self.guess * (torch.relu(needed - mass) / needed).mean()
         if self.training:
-            self.frames, self.tokens = self.frames + out.frames.sum().item(), self.tokens + out.lengths.sum().item()
+            self.frames, self.tokens = (
+                self.frames + out.frames.sum().item(),
+                self.tokens + out.lengths.sum().item(),
+            )
         return torch.stack(out.hidden_states, 1), out.lengths
 
     def watch(self) -> dict:
@@ -94,50 +109,120 @@ class LearnedLam(Learner):
 
 
 def main():
-    parser = arguments("Learn λ with a head, on the frozen encoder.", lam="each λ to start from")
+    parser = build_parser("Learn λ with a head, on the frozen encoder.", lam="each λ to start from")
     parser.set_defaults(lam=[0.1, 0.6, 1.2])
-    parser.add_argument("--lam-epochs", type=int, default=25, help="epochs for which λ is learned, with a head that is then thrown away")
-    parser.add_argument("--lam-lr", type=float, default=0.02, help="learning rate of r, where λ = 1.99 σ(r)")
-    parser.add_argument("--freeze", type=int, default=200, help="steps for which λ rests where it starts")
-    parser.add_argument("--jitter", type=float, default=0.0, help="largest distance of a step's λ from the learned one; 0: none")
-    parser.add_argument("--price", type=float, default=0.0, help="added to the loss, times tokens per frame")
-    parser.add_argument("--hide-missing", action="store_true", help="do not charge CTC's missing tokens: utterances that are too short cost nothing")
+    parser.add_argument(
+        "--lam-epochs",
+        type=int,
+        default=25,
+        help="epochs for which λ is learned, with a head that is then thrown away",
+    )
+    parser.add_argument(
+        "--lam-lr", type=float, default=0.02, help="learning rate of r, where λ = 1.99 σ(r)"
+    )
+    parser.add_argument(
+        "--freeze", type=int, default=200, help="steps for which λ rests where it starts"
+    )
+    parser.add_argument(
+        "--jitter",
+        type=float,
+        default=0.0,
+        help="largest distance of a step's λ from the learned one; 0: none",
+    )
+    parser.add_argument(
+        "--price", type=float, default=0.0, help="added to the loss, times tokens per frame"
+    )
+    parser.add_argument(
+        "--hide-missing",
+        action="store_true",
+        help="do not charge CTC's missing tokens: utterances that are too short cost nothing",
+    )
     args = parser.parse_args()
     if args.features != "encoder" or args.unfreeze:
-        raise ValueError("λ is learned on a frozen, pre-trained encoder: --features and --unfreeze are for finetune.py")
+        raise ValueError(
+            "λ is learned on a frozen, pre-trained encoder: --features and --unfreeze are for finetune.py"
+        )
     check(args)
     if not all(0 < lam < LIMIT for lam in args.lam):
-        raise ValueError(f"--lam {' '.join(f'{lam:g}' for lam in args.lam)}: λ = {LIMIT} σ(r) can't start from an end of the scale; try 0.05, say")
+        raise ValueError(
+            f"--lam {' '.join(f'{lam:g}' for lam in args.lam)}: λ = {LIMIT} σ(r) can't start from an end of the scale; try 0.05, say"
+        )
     check_numbers(args, "lam_epochs")
     check_numbers(args, "lam_lr", "freeze", "jitter", "price", zero=True)
     encoder, task, config = prepare(args)
     steps = args.lam_epochs * -(-len(task.indices("train")) // args.batch)
     if args.freeze >= steps:
-        raise ValueError(f"--freeze {args.freeze}: λ would rest for all of the {steps} steps in {args.lam_epochs} epochs; try --freeze {steps // 5}")
+        raise ValueError(
+            f"--freeze {args.freeze}: λ would rest for all of the {steps} steps in {args.lam_epochs} epochs; try --freeze {steps // 5}"
+        )
     if encoder.config.compression != "cif":
-        raise ValueError(f"{args.checkpoint} has one fixed rate ({encoder.config.compression}): there is no λ to learn")
-    needed = None if args.hide_missing or task.kind != "ctc" else [emissions(t) / args.slots for t in task.targets]
-    frames, name = None, f"{args.task}-price{args.price:g}-jitter{args.jitter:g}" + "-hidden" * args.hide_missing
+        raise ValueError(
+            f"{args.checkpoint} has one fixed rate ({encoder.config.compression}): there is no λ to learn"
+        )
+    needed = (
+        None
+        if args.hide_missing or task.kind != "ctc"
+        else [emissions(t) / args.symbols_per_token for t in task.targets]
+    )
+    frames, name = (
+        None,
+        f"{args.task}-price{args.price:g}-jitter{args.jitter:g}" + "-hidden" * args.hide_missing,
+    )
     for start in args.lam:
         for seed in range(args.seed, args.seed + args.seeds):
             path = Path(args.out) / f"{name}-from{start:g}-seed{seed}.json"
-            if is_there(path, {**config, "start": start, "seed": seed}) and path.with_suffix(".pt").exists() >= args.save_heads:
+            if (
+                already_done(path, {**config, "start": start, "seed": seed})
+                and path.with_suffix(".pt").exists() >= args.save_heads
+            ):
                 continue
-            frames = frames or Frames(task.speech, encoder, args.device, args.keep == "memory")
+            frames = frames or FrameCache(task.speech, encoder, args.device, args.keep == "memory")
             began = time.time()
-            learner = LearnedLam(start, encoder, frames, args.lam_lr, args.freeze, args.jitter, args.price, needed, math.log(len(task.symbols) + 1))
-            search, _ = train(argparse.Namespace(**{**vars(args), "epochs": args.lam_epochs, "patience": args.lam_epochs}), task, learner, seed)
+            learner = LearnedLam(
+                start,
+                encoder,
+                frames,
+                args.lam_lr,
+                args.freeze,
+                args.jitter,
+                args.price,
+                needed,
+                math.log(len(task.symbols) + 1),
+            )
+            search, _ = train(
+                argparse.Namespace(
+                    **{**vars(args), "epochs": args.lam_epochs, "patience": args.lam_epochs}
+                ),
+                task,
+                learner,
+                seed,
+            )
             searched, lam = time.time() - began, learner.lam.item()
-            heard = Heard(task.speech, args.features, encoder, lam, args.device, frames, args.keep == "memory")
+            heard = HiddenStateCache(
+                task.speech, args.features, encoder, lam, args.device, frames, args.keep == "memory"
+            )
             point, head = train(args, task, heard, seed)
             if args.save_heads:
                 save_head(path.with_suffix(".pt"), head, encoder, lam, task)
             took = time.time() - began
-            save_point(path, {"config": {**config, "start": start, "seed": seed},
-                              "command": command("adaptive_lambda.py", parser, args, start, seed), "metric": task.metric, "lam": lam,
-                              **point, "search": search["history"], "search_s": searched, **cost_of(heard, frames), "train_s": took})
-            print(f"λ = {start:g} -> {lam:.3f} ({heard.period_ms:.1f} ms), seed {seed}: test {task.metric} {point['test']:.1f} % "
-                  f"after {point['epochs']} epochs, {took:.0f} s in all")
+            save_point(
+                path,
+                {
+                    "config": {**config, "start": start, "seed": seed},
+                    "command": command("adaptive_lambda.py", parser, args, start, seed),
+                    "metric": task.metric,
+                    "lam": lam,
+                    **point,
+                    "search": search["history"],
+                    "search_s": searched,
+                    **cost_of(heard, frames),
+                    "train_s": took,
+                },
+            )
+            print(
+                f"λ = {start:g} -> {lam:.3f} ({heard.period_ms:.1f} ms), seed {seed}: test {task.metric} {point['test']:.1f} % "
+                f"after {point['epochs']} epochs, {took:.0f} s in all"
+            )
 
 
 if __name__ == "__main__":
@@ -146,4 +231,6 @@ if __name__ == "__main__":
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"adaptive_lambda.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("adaptive_lambda.py: stopped; the same command goes on from the last finished point")
+        sys.exit(
+            "adaptive_lambda.py: stopped; the same command goes on from the last finished point"
+        )

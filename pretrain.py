@@ -34,8 +34,6 @@ one batch: the sandwich rule of Yu and Huang, "Universally slimmable networks", 
     torchrun --nproc-per-node 8 pretrain.py --preset base --teacher hubert_base --data librispeech:…
 """
 
-import parts  # isort: split  # noqa: F401  before torch: it sets how torch's threads wait
-
 import argparse
 import json
 import os
@@ -55,13 +53,8 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, logsigmoid
 from tqdm import tqdm
 
-import boundaries
+import parts  # isort: split  # noqa: F401  before torch: it sets how torch's threads wait
 from cif import expand
-from data import Speech, batches, by_length, load, loader
-from evaluate import transformer_gflops
-from figures import utterance_figure
-from files import load_checkpoint, save
-from flags import check_numbers, pick_device, use_bf16
 from ofa_encoder import (
     COMPRESSIONS,
     CONSTANT_ALPHA,
@@ -73,9 +66,15 @@ from ofa_encoder import (
     check_lam,
     frames_of,
     lam_from_period,
+    load_checkpoint,
     period_from_lam,
+    transformer_gflops,
 )
-from teachers import fingerprint, initialise, load_teacher
+from parts import boundaries
+from parts.data import Speech, batches, by_length, load, loader
+from parts.figures import utterance_figure
+from parts.runs import check_numbers, pick_device, save, use_bf16
+from parts.teachers import fingerprint, initialise, load_teacher
 
 PERIODS_MS = (20, 25, 33, 50, 90, 180)  # of the final table: asked in ms, answered by λ
 MAX_GRADIENT_NORM = 5.0
@@ -316,10 +315,10 @@ def prepare(args, place) -> tuple[Lesson, Speech]:
         path = boundaries.cache_path(train, said, args.segment_ms, args.root)
         if not path.exists():
             boundaries.segment(train, teacher, path, args.segment_ms, device=place.device)
-    ends = boundaries.read(path, train)
+    ends = boundaries.read_boundaries(path, train)
     if place.world > 1 and place.rank == 0:
         dist.barrier()
-    return Lesson(teacher, train, speech.part("valid").few(200), ends), speech.part("test")
+    return Lesson(teacher, train, speech.part("valid").subset(200), ends), speech.part("test")
 
 
 def train_loop(args, place, lesson, state, checkpoint):
@@ -369,9 +368,7 @@ def train_loop(args, place, lesson, state, checkpoint):
             if place.world > 1:  # gradients are exchanged once, after the last part
                 parallel.require_backward_grad_sync = part == args.accumulate - 1
             try:
-                with torch.autocast(
-                    device.type, torch.bfloat16, enabled=use_bf16(args, device)
-                ):
+                with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(args, device)):
                     results = parallel(waveforms, lengths, targets, lams)
             except ValueError as error:  # cif refuses α that are NaN
                 raise non_finite(error, step, lams, batch, train, checkpoint) from None
@@ -633,6 +630,5 @@ if __name__ == "__main__":
         )
     except KeyboardInterrupt:
         sys.exit(
-            "pretrain.py: stopped; "
-            "the same command with --resume goes on from the last checkpoint"
+            "pretrain.py: stopped; the same command with --resume goes on from the last checkpoint"
         )

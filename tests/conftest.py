@@ -7,7 +7,7 @@ import soundfile
 import torch
 from hypothesis import settings
 
-from data import load
+from parts.data import load
 
 torch.set_num_threads(1)  # two are slower on sizes like these, and far slower on a busy machine
 
@@ -25,7 +25,9 @@ def asterisk():
 def folder(asterisk, tmp_path_factory):
     """Forty real prompts of about a second each as wav files: a corpus on which a run takes seconds."""
     path = tmp_path_factory.mktemp("forty")
-    for i in sorted(range(len(asterisk)), key=lambda i: abs(asterisk.utterances[i].samples - 16_000))[:40]:
+    for i in sorted(
+        range(len(asterisk)), key=lambda i: abs(asterisk.utterances[i].samples - 16_000)
+    )[:40]:
         name = asterisk.utterances[i].id.replace("/", "_")
         soundfile.write(path / f"{name}.wav", asterisk[i].numpy(), 16_000)
     return path
@@ -34,6 +36,7 @@ def folder(asterisk, tmp_path_factory):
 @pytest.fixture(params=["disk is full", "folder is read-only"])
 def unwritable(request):
     """with unwritable(folder): nothing of more than 1,000 bytes can be written, or nothing at all into folder. The kernel refuses."""
+
     @contextmanager
     def unwritable(folder):
         limits, user = resource.getrlimit(resource.RLIMIT_FSIZE), os.geteuid()
@@ -51,4 +54,5 @@ def unwritable(request):
             os.seteuid(user)
             folder.chmod(mode)
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
     return unwritable

@@ -9,11 +9,11 @@ import torch
 
 import adaptive_lambda
 from adaptive_lambda import LIMIT, LearnedLam
-from data import load
-from heard import Frames
 from ofa_encoder import OFAEncoder
+from parts.cache import FrameCache
+from parts.data import load
 
-REPO = Path(adaptive_lambda.__file__).parent
+REPO = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,10 @@ def encoder():
 @pytest.fixture(scope="module")
 def spoken(folder):
     """A TSV of the forty prompts, with their languages as labels."""
-    rows = [f"{p.name}\t{p.name[:2] == 'en'}\t{('train', 'train', 'train', 'valid', 'test')[n % 5]}" for n, p in enumerate(sorted(folder.glob("*.wav")))]
+    rows = [
+        f"{p.name}\t{p.name[:2] == 'en'}\t{('train', 'train', 'train', 'valid', 'test')[n % 5]}"
+        for n, p in enumerate(sorted(folder.glob("*.wav")))
+    ]
     (folder / "spoken.tsv").write_text("\n".join(["path\tlabel\tsplit", *rows]) + "\n")
     return folder / "spoken.tsv"
 
@@ -34,10 +37,31 @@ def run(spoken, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["adaptive_lambda.py", "--checkpoint", str(REPO / "checkpoints/ofa-tiny.pt"), "--task", "pool", "--data", str(spoken),
-                                          "--lam-epochs", "6", "--epochs", "2", "--freeze", "0", "--out", "out", *flags])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "adaptive_lambda.py",
+                "--checkpoint",
+                str(REPO / "checkpoints/ofa-tiny.pt"),
+                "--task",
+                "pool",
+                "--data",
+                str(spoken),
+                "--lam-epochs",
+                "6",
+                "--epochs",
+                "2",
+                "--freeze",
+                "0",
+                "--out",
+                "out",
+                *flags,
+            ],
+        )
         adaptive_lambda.main()
         return {p.name: json.loads(p.read_text()) for p in Path("out").glob("*.json")}
+
     return run
 
 
@@ -46,12 +70,20 @@ def test_gradient_is_the_slope_of_the_loss(encoder, folder, start):
     """Utterance by utterance, where no token is won or lost between λ - ε and λ + ε: there the loss is smooth."""
     eps, compared = 2e-3, 0
     for n in range(12):
-        learner = LearnedLam(start, encoder, Frames(load(str(folder)).few(12), encoder, "cpu"), freeze=0, price=1.0)
+        learner = LearnedLam(
+            start,
+            encoder,
+            FrameCache(load(str(folder)).subset(12), encoder, "cpu"),
+            freeze=0,
+            price=1.0,
+        )
+
         def loss(lam):
             with torch.no_grad():
                 learner.raw.copy_(torch.logit(torch.tensor(lam / LIMIT)))
             hidden, lengths = learner([n])
             return (hidden[:, -1].mean(2) ** 2).sum() + learner.cost, lengths.item()
+
         value, tokens = loss(start)
         value.backward()
         slope = learner.raw.grad.item() / (start * (1 - start / LIMIT))  # dλ/dr = LIMIT σ (1 - σ)
@@ -63,14 +95,16 @@ def test_gradient_is_the_slope_of_the_loss(encoder, folder, start):
 
 
 def test_lam_rests_while_frozen_then_moves(encoder, folder):
-    learner = LearnedLam(0.6, encoder, Frames(load(str(folder)).few(2), encoder, "cpu"), freeze=1)
+    learner = LearnedLam(
+        0.6, encoder, FrameCache(load(str(folder)).subset(2), encoder, "cpu"), freeze=1
+    )
     assert not learner([0])[0].requires_grad and learner([0])[0].requires_grad
     assert learner.lam.item() == pytest.approx(0.6, abs=1e-5) and learner.watch()["period_ms"] > 20
     assert [name for name, _ in learner.named_parameters()] == ["raw"]
 
 
 def test_steps_are_taken_around_lam_and_validation_at_it(encoder, folder):
-    frames = Frames(load(str(folder)).few(4), encoder, "cpu")
+    frames = FrameCache(load(str(folder)).subset(4), encoder, "cpu")
     learner = LearnedLam(0.5, encoder, frames, jitter=0.3)
     fixed = LearnedLam(0.5, encoder, frames)([0, 1, 2, 3])[1].tolist()
     torch.manual_seed(0)
@@ -81,9 +115,13 @@ def test_steps_are_taken_around_lam_and_validation_at_it(encoder, folder):
 
 def test_missing_tokens_are_charged(encoder, folder):
     """By hand: with twice as many tokens needed as α′ adds up to, half are missing, and a step down the gradient lowers λ."""
-    frames = Frames(load(str(folder)).few(2), encoder, "cpu")
+    frames = FrameCache(load(str(folder)).subset(2), encoder, "cpu")
     tokens = LearnedLam(1.2, encoder, frames, freeze=0)([0, 1])[1].tolist()
-    for needed, expected in (([2 * n for n in tokens], 0.5), ([n - 2 for n in tokens], 0.0), ([2 * tokens[0], tokens[1] - 2], 0.25)):
+    for needed, expected in (
+        ([2 * n for n in tokens], 0.5),
+        ([n - 2 for n in tokens], 0.0),
+        ([2 * tokens[0], tokens[1] - 2], 0.25),
+    ):
         learner = LearnedLam(1.2, encoder, frames, freeze=0, needed=needed, guess=3.0)
         learner([0, 1])
         assert learner.cost.item() == pytest.approx(3.0 * expected, abs=0.08)
@@ -96,9 +134,19 @@ def test_a_price_buys_longer_tokens(run):
     free, priced = run("--lam", "0.5"), run("--lam", "0.5", "--price", "30")
     (free,), (priced,) = free.values(), [p for name, p in priced.items() if "price30" in name]
     assert priced["search"][-1]["lam"] > free["search"][-1]["lam"] + 0.05
-    assert all(0 < h["lam"] < 2 for h in priced["search"]) and priced["search"][-1]["period_ms"] > priced["search"][0]["period_ms"]
-    assert priced["lam"] == pytest.approx(priced["search"][-1]["lam"]) and priced["frame_period_ms"] > free["frame_period_ms"]
-    assert priced["config"]["start"] == 0.5 and len(priced["search"]) == 6 and len(priced["history"]) == priced["epochs"] == 2
+    assert (
+        all(0 < h["lam"] < 2 for h in priced["search"])
+        and priced["search"][-1]["period_ms"] > priced["search"][0]["period_ms"]
+    )
+    assert (
+        priced["lam"] == pytest.approx(priced["search"][-1]["lam"])
+        and priced["frame_period_ms"] > free["frame_period_ms"]
+    )
+    assert (
+        priced["config"]["start"] == 0.5
+        and len(priced["search"]) == 6
+        and len(priced["history"]) == priced["epochs"] == 2
+    )
 
 
 def test_points_are_kept_and_their_command_computes_them_again(run, monkeypatch, capsys):
@@ -110,4 +158,9 @@ def test_points_are_kept_and_their_command_computes_them_again(run, monkeypatch,
     monkeypatch.setattr(sys, "argv", [script, *flags])
     adaptive_lambda.main()
     again = json.loads(Path("runs/again/pool-price0-jitter0-from1.1-seed3.json").read_text())
-    assert (again["test"], again["lam"], again["search"], again["history"]) == (point["test"], point["lam"], point["search"], point["history"])
+    assert (again["test"], again["lam"], again["search"], again["history"]) == (
+        point["test"],
+        point["lam"],
+        point["search"],
+        point["history"],
+    )

@@ -18,43 +18,71 @@ import soundfile
 import torch
 import torchaudio
 
-import boundaries
-import streaming
 from cif import cif, cif_loop, expand
-from data import load, read
-from firing import firing
-from files import save
+from extras import streaming
+from extras.firing import firing
 from ofa_encoder import PRESETS, OFAEncoder, lam_from_period
-from superb import load_superb
-from tasks import load_task
-from teachers import load_teacher
+from parts import boundaries
+from parts.data import load, read_sound
+from parts.runs import save
+from parts.superb import load_superb
+from parts.tasks import load_task
+from parts.teachers import load_teacher
 
-REPO = Path(boundaries.__file__).parent
+REPO = Path(__file__).parent.parent
 ABSENT = "mps" if torch.cuda.is_available() else "cuda"  # no machine has both
-FLAGS = {"pretrain.py": "--data forty --root root --steps 1 --batch-seconds 8 --device cpu --precision fp32 --out new",
-         "finetune.py": "--task pool --data good.tsv --checkpoint encoder.pt --epochs 1",
-         "adaptive_lambda.py": "--task pool --data good.tsv --checkpoint encoder.pt --epochs 1"}  # later flags win
+FLAGS = {
+    "pretrain.py": "--data forty --root root --steps 1 --batch-seconds 8 --device cpu --precision fp32 --out new",
+    "finetune.py": "--task pool --data good.tsv --checkpoint encoder.pt --epochs 1",
+    "adaptive_lambda.py": "--task pool --data good.tsv --checkpoint encoder.pt --epochs 1",
+}  # later flags win
 
 HEADER, SPLIT = "path\tlabel\n", "path\tlabel\tsplit\n"
 FILES = {
-    "a-file": "not a folder", "text.pt": "not a checkpoint", "cut.pt": b"PK\x03\x04 cut off", "empty.pt": "",
-    "empty.tsv": "", "header.tsv": HEADER, "file-column.tsv": "file\tlabel\na.wav\tx\n", "no-label.tsv": "path\ttext\na.wav\tx\n",
-    "gone.tsv": HEADER + "missing.wav\tx\n", "folder.tsv": HEADER + "forty\tx\n", "no-value.tsv": HEADER + "a.wav\t\n",
-    "short-row.tsv": HEADER + "a.wav\n", "dev.tsv": SPLIT + "a.wav\tx\tdev\n", "no-test.tsv": SPLIT + "a.wav\tx\ttrain\nb.wav\tx\tvalid\n",
+    "a-file": "not a folder",
+    "text.pt": "not a checkpoint",
+    "cut.pt": b"PK\x03\x04 cut off",
+    "empty.pt": "",
+    "empty.tsv": "",
+    "header.tsv": HEADER,
+    "file-column.tsv": "file\tlabel\na.wav\tx\n",
+    "no-label.tsv": "path\ttext\na.wav\tx\n",
+    "gone.tsv": HEADER + "missing.wav\tx\n",
+    "folder.tsv": HEADER + "forty\tx\n",
+    "no-value.tsv": HEADER + "a.wav\t\n",
+    "short-row.tsv": HEADER + "a.wav\n",
+    "dev.tsv": SPLIT + "a.wav\tx\tdev\n",
+    "no-test.tsv": SPLIT + "a.wav\tx\ttrain\nb.wav\tx\tvalid\n",
     "two.tsv": HEADER + "a.wav\tx\nb.wav\tx\n",
     "labels.tsv": HEADER + "a.wav\tx\nb.wav\ty\nc.wav\tz\n",
     "twice.tsv": SPLIT + "a.wav\tx\ttrain\n\n./a.wav\tx\ttest\n",
-    "unseen.tsv": SPLIT + "a.wav\tx\ttrain\nb.wav\tx\tvalid\nc.wav\ty\ttest\n", "commas.tsv": "path,label\na.wav,x\n",
-    "latin-1.tsv": (HEADER + "a.wav\tMüller\n").encode("latin-1"), "utf-16.tsv": (HEADER + "a.wav\tx\n").encode("utf-16"),
-    "long.tsv": HEADER + "a.wav\t" + "x" * 200_000, "no-sound.tsv": HEADER + "bytes.wav\tx\n", "table.csv": "path,label\n",
-    "bytes.wav": b"RIFF and then nothing", "no-bytes.wav": "", "bytes.tsv": bytes(range(256)), "other.tsv": "other\t0.1\n", "word.tsv": "other\tx\n",
-    "no-times.tsv": "other\t\n", "nan.tsv": "other\tnan\n", "negative.tsv": "other\t-1\n", "half/pool-encoder-lam0-seed0.json": '{"config": {"task":',
-    "list/pool-encoder-lam0-seed0.json": "[]", "bare/pool-encoder-lam0-seed0.json": '{"config": {}, "metric": "CER", "test": 1}',
-    "points/half/1.json": '{"config": {"task":', "bare-points/bare/1.json": '{"config": {}, "metric": "CER", "test": 1}',
-    "number/pool-encoder-lam0-seed0.json": '{"config": 3, "metric": "CER", "test": 1}', "cut-corpus/asterisk.pt": b"PK\x03\x04 cut off",
-    "root/LibriSpeech/dev-clean/84/121123/84-121123-0000.flac": "", "root/LibriSpeech/dev-other/84/121123/._84-121123-0000.flac": "",
+    "unseen.tsv": SPLIT + "a.wav\tx\ttrain\nb.wav\tx\tvalid\nc.wav\ty\ttest\n",
+    "commas.tsv": "path,label\na.wav,x\n",
+    "latin-1.tsv": (HEADER + "a.wav\tMüller\n").encode("latin-1"),
+    "utf-16.tsv": (HEADER + "a.wav\tx\n").encode("utf-16"),
+    "long.tsv": HEADER + "a.wav\t" + "x" * 200_000,
+    "no-sound.tsv": HEADER + "bytes.wav\tx\n",
+    "table.csv": "path,label\n",
+    "bytes.wav": b"RIFF and then nothing",
+    "no-bytes.wav": "",
+    "bytes.tsv": bytes(range(256)),
+    "other.tsv": "other\t0.1\n",
+    "word.tsv": "other\tx\n",
+    "no-times.tsv": "other\t\n",
+    "nan.tsv": "other\tnan\n",
+    "negative.tsv": "other\t-1\n",
+    "half/pool-encoder-lam0-seed0.json": '{"config": {"task":',
+    "list/pool-encoder-lam0-seed0.json": "[]",
+    "bare/pool-encoder-lam0-seed0.json": '{"config": {}, "metric": "CER", "test": 1}',
+    "points/half/1.json": '{"config": {"task":',
+    "bare-points/bare/1.json": '{"config": {}, "metric": "CER", "test": 1}',
+    "number/pool-encoder-lam0-seed0.json": '{"config": 3, "metric": "CER", "test": 1}',
+    "cut-corpus/asterisk.pt": b"PK\x03\x04 cut off",
+    "root/LibriSpeech/dev-clean/84/121123/84-121123-0000.flac": "",
+    "root/LibriSpeech/dev-other/84/121123/._84-121123-0000.flac": "",
     "hub/checkpoints/hubert_fairseq_base_ls960.pth": b"PK\x03\x04 cut off",
-    "cut-deb/downloads/asterisk-core-sounds-en_1.6.1-1_all.deb": b"!<arch>\n cut off", "sound-and-text/notes.txt": "no sound",
+    "cut-deb/downloads/asterisk-core-sounds-en_1.6.1-1_all.deb": b"!<arch>\n cut off",
+    "sound-and-text/notes.txt": "no sound",
 }
 
 
@@ -78,7 +106,14 @@ def place(folder, tmp_path_factory):
         patch.chdir(place)
         patch.setattr(sys, "argv", [])
         Path("forty").symlink_to(folder)
-        for name in ("empty", "folder.pt", "list.tsv", "no-points", "as-folder/checkpoint.pt", "folder-of-bytes"):
+        for name in (
+            "empty",
+            "folder.pt",
+            "list.tsv",
+            "no-points",
+            "as-folder/checkpoint.pt",
+            "folder-of-bytes",
+        ):
             Path(name).mkdir(parents=True)
         for name, content in FILES.items():
             Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +126,10 @@ def place(folder, tmp_path_factory):
         soundfile.write("nan.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
         soundfile.write("infinite.wav", np.full(16_000, np.inf), 16_000, subtype="FLOAT")
         sides = ("train", "train", "train", "valid", "test")
-        rows = [f"forty/{p.name}\t{p.name[:2] == 'en'}\t{sides[n % 5]}\n" for n, p in enumerate(sorted(Path("forty").glob("*.wav")))]
+        rows = [
+            f"forty/{p.name}\t{p.name[:2] == 'en'}\t{sides[n % 5]}\n"
+            for n, p in enumerate(sorted(Path("forty").glob("*.wav")))
+        ]
         Path("good.tsv").write_text(SPLIT + "".join(rows))
         Path("nan-sound.tsv").write_text(SPLIT + "".join(rows) + "nan.wav\tTrue\ttrain\n")
 
@@ -100,22 +138,38 @@ def place(folder, tmp_path_factory):
         save(encoder, "encoder.pt")
         save(OFAEncoder(replace(PRESETS["tiny"], compression="average2")).checkpoint(), "fixed.pt")
         channels = [(32, k, s) for k, s in zip((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2))]
-        hubert = torchaudio.models.wav2vec2_model("group_norm", channels, False, 128, 0, 16, 4, 3, 2, 0, 64, 0, 0, False, 0, None)
+        hubert = torchaudio.models.wav2vec2_model(
+            "group_norm", channels, False, 128, 0, 16, 4, 3, 2, 0, 64, 0, 0, False, 0, None
+        )
         save(hubert.state_dict(), "hubert.pt")
         Path("truncated.pt").write_bytes(Path("encoder.pt").read_bytes()[:50_000])
         Path("payload.pt").write_bytes(pickle.dumps(Payload(), 2))
         call("pretrain.py --out run")
         run = torch.load("run/checkpoint.pt", weights_only=True)
         for name, content in {
-                "payload-inside.pt": {**encoder, "config": Payload()}, "foreign.pt": {"model": 1}, "tensor.pt": torch.ones(1), "list.pt": [1, 2],
-                "other-size.pt": {**encoder, "config": {**encoder["config"], "dim": 128}},
-                "odd-heads.pt": {**encoder, "config": {**encoder["config"], "heads": 5}},
-                "nan.pt": {**encoder, "encoder": {k: v * torch.nan for k, v in encoder["encoder"].items()}},
-                "gone-corpus.pt": {**run, "args": {**run["args"], "data": "gone"}}, "other-heads.pt": {**run, "heads": {"0.bias": torch.ones(39)}},
-                "no-args.pt": {k: v for k, v in run.items() if k != "args"},
-                "of-encoder/checkpoint.pt": encoder, "of-payload/checkpoint.pt": {**run, "optimizer": Payload()}, "of-nothing/checkpoint.pt": {"optimizer": {}},
-                "of-other-size/checkpoint.pt": {**run, "encoder": {k: v.flatten()[:1] for k, v in run["encoder"].items()}},
-                "payload-corpus/asterisk.pt": {"utterances": "[]", "sound": Payload()}, "foreign-corpus/asterisk.pt": {"model": 1}}.items():
+            "payload-inside.pt": {**encoder, "config": Payload()},
+            "foreign.pt": {"model": 1},
+            "tensor.pt": torch.ones(1),
+            "list.pt": [1, 2],
+            "other-size.pt": {**encoder, "config": {**encoder["config"], "dim": 128}},
+            "odd-heads.pt": {**encoder, "config": {**encoder["config"], "heads": 5}},
+            "nan.pt": {
+                **encoder,
+                "encoder": {k: v * torch.nan for k, v in encoder["encoder"].items()},
+            },
+            "gone-corpus.pt": {**run, "args": {**run["args"], "data": "gone"}},
+            "other-heads.pt": {**run, "heads": {"0.bias": torch.ones(39)}},
+            "no-args.pt": {k: v for k, v in run.items() if k != "args"},
+            "of-encoder/checkpoint.pt": encoder,
+            "of-payload/checkpoint.pt": {**run, "optimizer": Payload()},
+            "of-nothing/checkpoint.pt": {"optimizer": {}},
+            "of-other-size/checkpoint.pt": {
+                **run,
+                "encoder": {k: v.flatten()[:1] for k, v in run["encoder"].items()},
+            },
+            "payload-corpus/asterisk.pt": {"utterances": "[]", "sound": Payload()},
+            "foreign-corpus/asterisk.pt": {"model": 1},
+        }.items():
             Path(name).parent.mkdir(exist_ok=True)
             torch.save(content, name)
         Path("of-cut").mkdir()
@@ -126,8 +180,12 @@ def place(folder, tmp_path_factory):
 
 
 sound, x, a = torch.zeros(2, 800), torch.ones(2, 4, 3), torch.full((2, 4), 0.5)
+
+
 def encoder(*arguments, compression="cif", **keywords):
     return OFAEncoder(replace(PRESETS["tiny"], compression=compression))(*arguments, **keywords)
+
+
 def both(*arguments, **keywords):  # each must refuse, in the same words
     with pytest.raises(ValueError) as loop:
         cif_loop(*arguments, **keywords)
@@ -136,50 +194,140 @@ def both(*arguments, **keywords):  # each must refuse, in the same words
     except ValueError as error:
         assert str(error) == str(loop.value)
         raise
+
+
 def ends(path):
-    return boundaries.read(path, load("forty"))
+    return boundaries.read_boundaries(path, load("forty"))
 
 
 ROWS = [
     # pretrain.py: where the speech is
     ("data that are not there", "pretrain.py --data nowhere", "no such folder: nowhere"),
-    ("a file for the folder of speech", "pretrain.py --data a-file", "no such folder: a-file (--data takes"),
+    (
+        "a file for the folder of speech",
+        "pretrain.py --data a-file",
+        "no such folder: a-file (--data takes",
+    ),
     ("an empty folder of speech", "pretrain.py --data empty", "no usable sound file in empty"),
-    ("a folder without sound", "pretrain.py --data sound-and-text", "no usable sound file in sound-and-text"),
-    ("a folder of corrupted sound", "pretrain.py --data folder-of-bytes", "no usable sound file in folder-of-bytes: 1 were left out"),
-    ("an unknown subset of LibriSpeech", "pretrain.py --data librispeech:train-clean-99", "train-clean-99"),
+    (
+        "a folder without sound",
+        "pretrain.py --data sound-and-text",
+        "no usable sound file in sound-and-text",
+    ),
+    (
+        "a folder of corrupted sound",
+        "pretrain.py --data folder-of-bytes",
+        "no usable sound file in folder-of-bytes: 1 were left out",
+    ),
+    (
+        "an unknown subset of LibriSpeech",
+        "pretrain.py --data librispeech:train-clean-99",
+        "train-clean-99",
+    ),
     ("no subset of LibriSpeech", "pretrain.py --data librispeech:", "train-clean-100"),
-    ("LibriSpeech without its transcripts", "pretrain.py --data librispeech:dev-clean", "root/LibriSpeech/dev-clean is not as LibriSpeech is distributed"),
-    ("LibriSpeech with a stray file", "pretrain.py --data librispeech:dev-other", "root/LibriSpeech/dev-other is not as LibriSpeech is distributed"),
+    (
+        "LibriSpeech without its transcripts",
+        "pretrain.py --data librispeech:dev-clean",
+        "root/LibriSpeech/dev-clean is not as LibriSpeech is distributed",
+    ),
+    (
+        "LibriSpeech with a stray file",
+        "pretrain.py --data librispeech:dev-other",
+        "root/LibriSpeech/dev-other is not as LibriSpeech is distributed",
+    ),
     ("a file for the root", "pretrain.py --root a-file", "a-file"),
-    ("a corpus that was cut off", "pretrain.py --data asterisk --root cut-corpus", "cut-corpus/asterisk.pt is damaged"),
-    ("a corpus with a payload", "pretrain.py --data asterisk --root payload-corpus", "payload-corpus/asterisk.pt is damaged"),
-    ("something else as the corpus", "pretrain.py --data asterisk --root foreign-corpus", "foreign-corpus/asterisk.pt is damaged (KeyError): delete it"),
-    ("no network", "pretrain.py --data asterisk --root new-root", "asterisk-core-sounds-en_1.6.1-1_all.deb"),
-    ("a damaged package and no network", "pretrain.py --data asterisk --root cut-deb", "not the expected file: its SHA-256 differs"),
+    (
+        "a corpus that was cut off",
+        "pretrain.py --data asterisk --root cut-corpus",
+        "cut-corpus/asterisk.pt is damaged",
+    ),
+    (
+        "a corpus with a payload",
+        "pretrain.py --data asterisk --root payload-corpus",
+        "payload-corpus/asterisk.pt is damaged",
+    ),
+    (
+        "something else as the corpus",
+        "pretrain.py --data asterisk --root foreign-corpus",
+        "foreign-corpus/asterisk.pt is damaged (KeyError): delete it",
+    ),
+    (
+        "no network",
+        "pretrain.py --data asterisk --root new-root",
+        "asterisk-core-sounds-en_1.6.1-1_all.deb",
+    ),
+    (
+        "a damaged package and no network",
+        "pretrain.py --data asterisk --root cut-deb",
+        "not the expected file: its SHA-256 differs",
+    ),
     # the teacher, boundaries
-    ("a teacher that is not there", "pretrain.py --teacher nowhere.pt", "no checkpoint at nowhere.pt"),
-    ("a damaged HuBERT Base in the cache", "pretrain.py --teacher hubert_base", "HuBERT Base could not be downloaded, or is damaged"),
+    (
+        "a teacher that is not there",
+        "pretrain.py --teacher nowhere.pt",
+        "no checkpoint at nowhere.pt",
+    ),
+    (
+        "a damaged HuBERT Base in the cache",
+        "pretrain.py --teacher hubert_base",
+        "HuBERT Base could not be downloaded, or is damaged",
+    ),
     ("text as the teacher", "pretrain.py --teacher text.pt", "text.pt is no checkpoint"),
-    ("our own encoder as the teacher", "pretrain.py --teacher encoder.pt", "encoder.pt is no state_dict of a HuBERT"),
+    (
+        "our own encoder as the teacher",
+        "pretrain.py --teacher encoder.pt",
+        "encoder.pt is no state_dict of a HuBERT",
+    ),
     ("a teacher with a payload", "pretrain.py --teacher payload.pt", "payload.pt is no checkpoint"),
     ("a folder as the teacher", "pretrain.py --teacher folder.pt", "no checkpoint at folder.pt"),
-    ("a list as the teacher", "pretrain.py --teacher list.pt", "list.pt is no checkpoint: it holds a list"),
-    ("a layer that the teacher lacks", "pretrain.py --teacher hubert.pt --teacher-layers 4", "hubert.pt has layers 1 to 3"),
-    ("heads that do not divide the teacher's width", "pretrain.py --teacher hubert.pt --teacher-heads 7", "not divisible by `num_heads (7)`"),
-    ("less than one head of the teacher", "pretrain.py --teacher hubert.pt --teacher-heads -1", "--teacher-heads is -1"),
+    (
+        "a list as the teacher",
+        "pretrain.py --teacher list.pt",
+        "list.pt is no checkpoint: it holds a list",
+    ),
+    (
+        "a layer that the teacher lacks",
+        "pretrain.py --teacher hubert.pt --teacher-layers 4",
+        "hubert.pt has layers 1 to 3",
+    ),
+    (
+        "heads that do not divide the teacher's width",
+        "pretrain.py --teacher hubert.pt --teacher-heads 7",
+        "not divisible by `num_heads (7)`",
+    ),
+    (
+        "less than one head of the teacher",
+        "pretrain.py --teacher hubert.pt --teacher-heads -1",
+        "--teacher-heads is -1",
+    ),
     ("boundaries that are not there", "pretrain.py --boundaries nowhere.tsv", "nowhere.tsv"),
-    ("boundaries of another corpus", "pretrain.py --boundaries other.tsv", "other.tsv lacks 36 of 36 utterances, among them"),
-    ("an empty file of boundaries", "pretrain.py --boundaries empty.tsv", "empty.tsv lacks 36 of 36"),
+    (
+        "boundaries of another corpus",
+        "pretrain.py --boundaries other.tsv",
+        "other.tsv lacks 36 of 36 utterances, among them",
+    ),
+    (
+        "an empty file of boundaries",
+        "pretrain.py --boundaries empty.tsv",
+        "empty.tsv lacks 36 of 36",
+    ),
     ("a folder of boundaries", "pretrain.py --boundaries empty", "empty"),
-    ("bytes as boundaries", "pretrain.py --boundaries bytes.tsv", "bytes.tsv, after line 0: not UTF-8"),
+    (
+        "bytes as boundaries",
+        "pretrain.py --boundaries bytes.tsv",
+        "bytes.tsv, after line 0: not UTF-8",
+    ),
     # numbers
     ("λ = 2.5", "pretrain.py --lam 2.5", "λ is 2.5"),
     ("λ = nan", "pretrain.py --lam nan", "λ is nan"),
     ("a λ below 0", "pretrain.py --lam -0.1", "λ is -0.1"),
     ("a largest λ of 3", "pretrain.py --lam-max 3", "--lam-max is 3.0"),
     ("a largest λ of nan", "pretrain.py --lam-max nan", "--lam-max is nan"),
-    ("λ for a peer of one rate", "pretrain.py --compression average2 --lam 0.5", "average2 has one rate"),
+    (
+        "λ for a peer of one rate",
+        "pretrain.py --compression average2 --lam 0.5",
+        "average2 has one rate",
+    ),
     ("no steps", "pretrain.py --steps 0", "--steps is 0"),
     ("half a step", "pretrain.py --steps 0.5", "argument --steps: invalid int value"),
     ("no layers", "pretrain.py --layers 0", "--layers is 0"),
@@ -189,55 +337,146 @@ ROWS = [
     ("an infinite learning rate", "pretrain.py --lr inf", "--lr is inf"),
     ("a quantity below 0", "pretrain.py --quantity -1", "--quantity is -1.0"),
     ("a quantity of nan", "pretrain.py --quantity nan", "--quantity is nan"),
-    ("segments shorter than a frame", "pretrain.py --segment-ms 5", "--segment-ms is 5.0, expected 20 or more"),
+    (
+        "segments shorter than a frame",
+        "pretrain.py --segment-ms 5",
+        "--segment-ms is 5.0, expected 20 or more",
+    ),
     ("endless segments", "pretrain.py --segment-ms inf", "--segment-ms is inf"),
     ("a seed below 0", "pretrain.py --seed -1", "--seed is -1"),
-    ("a seed of 23 digits", "pretrain.py --seed 99999999999999999999999", "--seed is 99999999999999999999999"),
+    (
+        "a seed of 23 digits",
+        "pretrain.py --seed 99999999999999999999999",
+        "--seed is 99999999999999999999999",
+    ),
     ("less than no workers", "pretrain.py --workers -1", "--workers is -1"),
     ("an unknown preset", "pretrain.py --preset huge", "argument --preset: invalid choice"),
-    ("an unknown compression", "pretrain.py --compression average3", "argument --compression: invalid choice"),
-    ("a device that is not there", f"pretrain.py --device {ABSENT}", f"--device {ABSENT}: torch finds none here"),
+    (
+        "an unknown compression",
+        "pretrain.py --compression average3",
+        "argument --compression: invalid choice",
+    ),
+    (
+        "a device that is not there",
+        f"pretrain.py --device {ABSENT}",
+        f"--device {ABSENT}: torch finds none here",
+    ),
     # where it writes, and what it goes on from
     ("a file for --out", "pretrain.py --out a-file", "a-file"),
     ("a folder in a file for --out", "pretrain.py --out a-file/new", "a-file/new"),
     ("an --out where nobody may write", "pretrain.py --out /proc/new", "/proc/new"),
-    ("an --out that holds a run", "pretrain.py --out run", "run/checkpoint.pt is the checkpoint of an earlier run: go on with it by --resume"),
-    ("going on with another learning rate", "pretrain.py --out run --resume --lr 0.5", "of another run (flag: now, then): {'lr': (0.5, 0.001)}"),
-    ("going on with another preset", "pretrain.py --out run --resume --preset base", "{'preset': ('base', 'tiny')}"),
-    ("going on from an encoder", "pretrain.py --out of-encoder --resume", "of-encoder/checkpoint.pt can't be resumed: pretrain.py did not write it"),
-    ("going on from a cut checkpoint", "pretrain.py --out of-cut --resume", "of-cut/checkpoint.pt is no checkpoint, or it is damaged"),
-    ("going on from a payload", "pretrain.py --out of-payload --resume", "of-payload/checkpoint.pt is no checkpoint"),
-    ("going on from nearly nothing", "pretrain.py --out of-nothing --resume", "can't be resumed: it is damaged (KeyError('args'))"),
-    ("going on with weights of another size", "pretrain.py --out of-other-size --resume", "of-other-size/checkpoint.pt can't be resumed: it is damaged"),
-    ("a folder called checkpoint.pt", "pretrain.py --out as-folder --resume", "no checkpoint at as-folder/checkpoint.pt"),
-
+    (
+        "an --out that holds a run",
+        "pretrain.py --out run",
+        "run/checkpoint.pt is the checkpoint of an earlier run: go on with it by --resume",
+    ),
+    (
+        "going on with another learning rate",
+        "pretrain.py --out run --resume --lr 0.5",
+        "of another run (flag: now, then): {'lr': (0.5, 0.001)}",
+    ),
+    (
+        "going on with another preset",
+        "pretrain.py --out run --resume --preset base",
+        "{'preset': ('base', 'tiny')}",
+    ),
+    (
+        "going on from an encoder",
+        "pretrain.py --out of-encoder --resume",
+        "of-encoder/checkpoint.pt can't be resumed: pretrain.py did not write it",
+    ),
+    (
+        "going on from a cut checkpoint",
+        "pretrain.py --out of-cut --resume",
+        "of-cut/checkpoint.pt is no checkpoint, or it is damaged",
+    ),
+    (
+        "going on from a payload",
+        "pretrain.py --out of-payload --resume",
+        "of-payload/checkpoint.pt is no checkpoint",
+    ),
+    (
+        "going on from nearly nothing",
+        "pretrain.py --out of-nothing --resume",
+        "can't be resumed: it is damaged (KeyError('args'))",
+    ),
+    (
+        "going on with weights of another size",
+        "pretrain.py --out of-other-size --resume",
+        "of-other-size/checkpoint.pt can't be resumed: it is damaged",
+    ),
+    (
+        "a folder called checkpoint.pt",
+        "pretrain.py --out as-folder --resume",
+        "no checkpoint at as-folder/checkpoint.pt",
+    ),
     # finetune.py
     ("an unknown task", "finetune.py --task dance", "argument --task: invalid choice: 'dance'"),
     ("a head at λ = 2.5", "finetune.py --lam 0 2.5", "λ is 2.5"),
     ("a head at λ = nan", "finetune.py --lam nan", "λ is nan"),
     ("λ for log-mels", "finetune.py --features logmel --lam 0 0.5", "--features logmel has no λ"),
-    ("λ for an encoder of one rate", "finetune.py --checkpoint fixed.pt --lam 0.5", "fixed.pt has one fixed rate (average2)"),
+    (
+        "λ for an encoder of one rate",
+        "finetune.py --checkpoint fixed.pt --lam 0.5",
+        "fixed.pt has one fixed rate (average2)",
+    ),
     ("unfreezing log-mels", "finetune.py --features logmel --unfreeze", "--unfreeze"),
     ("no encoder", "finetune.py --checkpoint nowhere.pt", "no checkpoint at nowhere.pt"),
-    ("a HuBERT, of another width, as the encoder", "finetune.py --checkpoint hubert.pt", "hubert.pt holds no encoder of this project"),
+    (
+        "a HuBERT, of another width, as the encoder",
+        "finetune.py --checkpoint hubert.pt",
+        "hubert.pt holds no encoder of this project",
+    ),
     ("text as the encoder", "finetune.py --checkpoint text.pt", "text.pt is no checkpoint"),
-    ("an encoder that was cut off", "finetune.py --checkpoint truncated.pt", "truncated.pt is no checkpoint, or it is damaged"),
-    ("an encoder with a payload", "finetune.py --checkpoint payload.pt", "or it holds more than tensors and plain values"),
-    ("a payload inside of an encoder", "finetune.py --checkpoint payload-inside.pt", "payload-inside.pt is no checkpoint"),
+    (
+        "an encoder that was cut off",
+        "finetune.py --checkpoint truncated.pt",
+        "truncated.pt is no checkpoint, or it is damaged",
+    ),
+    (
+        "an encoder with a payload",
+        "finetune.py --checkpoint payload.pt",
+        "or it holds more than tensors and plain values",
+    ),
+    (
+        "a payload inside of an encoder",
+        "finetune.py --checkpoint payload-inside.pt",
+        "payload-inside.pt is no checkpoint",
+    ),
     ("an encoder of NaN", "finetune.py --checkpoint nan.pt", "nan.pt holds NaN"),
     ("no seeds", "finetune.py --seeds 0", "--seeds is 0"),
     ("the seed of a head below 0", "finetune.py --seed -1", "--seed is -1"),
     ("no learning rate", "finetune.py --lr 0", "--lr is 0.0"),
-    ("a learning rate of the encoder of nan", "finetune.py --unfreeze --encoder-lr nan", "--encoder-lr is nan"),
+    (
+        "a learning rate of the encoder of nan",
+        "finetune.py --unfreeze --encoder-lr nan",
+        "--encoder-lr is nan",
+    ),
     ("CTC alone in seq2seq", "finetune.py --ctc-weight 1", "--ctc-weight is 1.0"),
-    ("a sixth session of IEMOCAP", "finetune.py --task er --fold 6", "argument --fold: invalid choice"),
-    ("no such device for the head", f"finetune.py --device {ABSENT}", f"--device {ABSENT}: torch finds none here"),
+    (
+        "a sixth session of IEMOCAP",
+        "finetune.py --task er --fold 6",
+        "argument --fold: invalid choice",
+    ),
+    (
+        "no such device for the head",
+        f"finetune.py --device {ABSENT}",
+        f"--device {ABSENT}: torch finds none here",
+    ),
     ("a file for the points", "finetune.py --out a-file", "a-file"),
     ("points where nobody may write", "finetune.py --out /proc/new", "/proc/new"),
     ("half a point", "finetune.py --out half", "half/pool-encoder-lam0-seed0.json is no point"),
-    ("a list as a point", "finetune.py --out list", "list/pool-encoder-lam0-seed0.json is no point"),
+    (
+        "a list as a point",
+        "finetune.py --out list",
+        "list/pool-encoder-lam0-seed0.json is no point",
+    ),
     ("a bare point", "finetune.py --out bare", "bare/pool-encoder-lam0-seed0.json is no point"),
-    ("a point whose configuration is a number", "finetune.py --out number", "number/pool-encoder-lam0-seed0.json is no point"),
+    (
+        "a point whose configuration is a number",
+        "finetune.py --out number",
+        "number/pool-encoder-lam0-seed0.json is no point",
+    ),
     # its TSV
     ("a TSV that is not there", "finetune.py --data nowhere.tsv", "no such file: nowhere.tsv"),
     ("a CSV", "finetune.py --data table.csv", "ends in .tsv"),
@@ -247,64 +486,153 @@ ROWS = [
     ("a TSV of a header", "finetune.py --data header.tsv", "no rows"),
     ("no column path", "finetune.py --data file-column.tsv", "no column path"),
     ("no column label", "finetune.py --data no-label.tsv", "no column label"),
-    ("commas in a TSV", "finetune.py --data commas.tsv", "no column label, path in its header; columns are separated by tabs"),
+    (
+        "commas in a TSV",
+        "finetune.py --data commas.tsv",
+        "no column label, path in its header; columns are separated by tabs",
+    ),
     ("a TSV in Latin-1", "finetune.py --data latin-1.tsv", "latin-1.tsv: not a TSV in UTF-8"),
     ("a TSV in UTF-16", "finetune.py --data utf-16.tsv", "utf-16.tsv: not a TSV in UTF-8"),
     ("bytes as a TSV", "finetune.py --data bytes.tsv", "bytes.tsv: not a TSV in UTF-8"),
-    ("a TSV with an endless label", "finetune.py --data long.tsv", "long.tsv: not a TSV in UTF-8 (field larger"),
-    ("a sound file that is not there", "finetune.py --data gone.tsv", "line 2: no such file: missing.wav"),
+    (
+        "a TSV with an endless label",
+        "finetune.py --data long.tsv",
+        "long.tsv: not a TSV in UTF-8 (field larger",
+    ),
+    (
+        "a sound file that is not there",
+        "finetune.py --data gone.tsv",
+        "line 2: no such file: missing.wav",
+    ),
     ("a folder for a sound file", "finetune.py --data folder.tsv", "line 2: no such file: forty"),
-    ("corrupted sound alone", "finetune.py --data no-sound.tsv", "no usable sound file in no-sound.tsv"),
-    ("NaN in a file of the TSV", "finetune.py --data nan-sound.tsv", "nan.wav: holds NaN or infinite samples"),
+    (
+        "corrupted sound alone",
+        "finetune.py --data no-sound.tsv",
+        "no usable sound file in no-sound.tsv",
+    ),
+    (
+        "NaN in a file of the TSV",
+        "finetune.py --data nan-sound.tsv",
+        "nan.wav: holds NaN or infinite samples",
+    ),
     ("no label", "finetune.py --data no-value.tsv", "line 2: path or label is empty"),
-    ("a row that is too short", "finetune.py --data short-row.tsv", "line 2: path or label is empty"),
-    ("a file in two splits", "finetune.py --data twice.tsv", "line 4: ./a.wav is in test and in train"),
+    (
+        "a row that is too short",
+        "finetune.py --data short-row.tsv",
+        "line 2: path or label is empty",
+    ),
+    (
+        "a file in two splits",
+        "finetune.py --data twice.tsv",
+        "line 4: ./a.wav is in test and in train",
+    ),
     ("an unknown split", "finetune.py --data dev.tsv", "line 2: split is 'dev'"),
     ("too few to split", "finetune.py --data two.tsv", "no utterance is left for test"),
     ("as many labels as files", "finetune.py --data labels.tsv", "two more files than labels"),
     ("nothing to test", "finetune.py --data no-test.tsv", "no utterance is left for test"),
-    ("a label that train lacks", "finetune.py --data unseen.tsv", "label 'y' of c.wav (test) never occurs in train"),
-
+    (
+        "a label that train lacks",
+        "finetune.py --data unseen.tsv",
+        "label 'y' of c.wav (test) never occurs in train",
+    ),
     # adaptive_lambda.py
     ("λ from 0", "adaptive_lambda.py --lam 0", "can't start from an end of the scale"),
     ("λ from 2", "adaptive_lambda.py --lam 2", "λ is 2"),
     ("λ from nan", "adaptive_lambda.py --lam nan", "λ is nan"),
-    ("λ learned on log-mels", "adaptive_lambda.py --features logmel", "frozen, pre-trained encoder"),
+    (
+        "λ learned on log-mels",
+        "adaptive_lambda.py --features logmel",
+        "frozen, pre-trained encoder",
+    ),
     ("a price below 0", "adaptive_lambda.py --price -1", "--price is -1.0"),
     ("a jitter of nan", "adaptive_lambda.py --jitter nan", "--jitter is nan"),
     ("no epochs to learn λ in", "adaptive_lambda.py --lam-epochs 0", "--lam-epochs is 0"),
-    ("λ frozen for good", "adaptive_lambda.py --freeze 400 --lam-epochs 2", "would rest for all of the 4 steps"),
-    ("λ learned on an encoder of one rate", "adaptive_lambda.py --checkpoint fixed.pt", "one fixed rate (average2)"),
-    ("λ learned on nothing", "adaptive_lambda.py --checkpoint nowhere.pt", "no checkpoint at nowhere.pt"),
-
+    (
+        "λ frozen for good",
+        "adaptive_lambda.py --freeze 400 --lam-epochs 2",
+        "would rest for all of the 4 steps",
+    ),
+    (
+        "λ learned on an encoder of one rate",
+        "adaptive_lambda.py --checkpoint fixed.pt",
+        "one fixed rate (average2)",
+    ),
+    (
+        "λ learned on nothing",
+        "adaptive_lambda.py --checkpoint nowhere.pt",
+        "no checkpoint at nowhere.pt",
+    ),
     # the other scripts
     ("no such corpus to show", "data.py nowhere", "no such folder: nowhere"),
     ("no speech to show", "data.py empty", "no usable sound file in empty"),
-    ("a corpus to build without a network", "asterisk.py", "the embedded corpus could not be fetched"),
+    (
+        "a corpus to build without a network",
+        "asterisk.py",
+        "the embedded corpus could not be fetched",
+    ),
     ("tasks without a network", "tasks.py", "the embedded corpus could not be fetched"),
     ("boundaries without a network", "boundaries.py", "the embedded corpus could not be fetched"),
-    ("an example of what is heard without a network", "heard.py", "the embedded corpus could not be fetched"),
-    ("an encoder where heads are needed", "evaluate.py encoder.pt", "encoder.pt holds no heads: give the checkpoint.pt that pretrain.py"),
+    (
+        "an example of what is heard without a network",
+        "heard.py",
+        "the embedded corpus could not be fetched",
+    ),
+    (
+        "an encoder where heads are needed",
+        "evaluate.py encoder.pt",
+        "encoder.pt holds no heads: give the checkpoint.pt that pretrain.py",
+    ),
     ("nothing pre-trained", "evaluate.py", "no checkpoint at runs/demo/checkpoint.pt"),
-    ("a checkpoint of a corpus that has gone", "evaluate.py gone-corpus.pt", "no such folder: gone"),
-    ("a checkpoint with the heads of another", "evaluate.py other-heads.pt", "other-heads.pt is damaged"),
-    ("a checkpoint of unknown flags", "evaluate.py no-args.pt", "no-args.pt is damaged (KeyError('args'))"),
-    ("a tensor to evaluate", "evaluate.py tensor.pt", "tensor.pt is no checkpoint: it holds a Tensor"),
+    (
+        "a checkpoint of a corpus that has gone",
+        "evaluate.py gone-corpus.pt",
+        "no such folder: gone",
+    ),
+    (
+        "a checkpoint with the heads of another",
+        "evaluate.py other-heads.pt",
+        "other-heads.pt is damaged",
+    ),
+    (
+        "a checkpoint of unknown flags",
+        "evaluate.py no-args.pt",
+        "no-args.pt is damaged (KeyError('args'))",
+    ),
+    (
+        "a tensor to evaluate",
+        "evaluate.py tensor.pt",
+        "tensor.pt is no checkpoint: it holds a Tensor",
+    ),
     ("firing of nothing", "firing.py nowhere.pt", "no checkpoint at nowhere.pt"),
     ("firing of text", "firing.py text.pt", "text.pt is no checkpoint"),
-    ("a prediction without a head", "predict.py", "train a head with `python finetune.py --save-heads`"),
+    (
+        "a prediction without a head",
+        "predict.py",
+        "train a head with `python finetune.py --save-heads`",
+    ),
     ("a prediction by an encoder", "predict.py encoder.pt a.wav", "encoder.pt holds no head"),
     ("a prediction by nothing", "predict.py nowhere.pt a.wav", "no checkpoint at nowhere.pt"),
-    ("a head of log-mels, kept", "finetune.py --features logmel --save-heads", "--features logmel has none"),
+    (
+        "a head of log-mels, kept",
+        "finetune.py --features logmel --save-heads",
+        "--features logmel has none",
+    ),
     ("half a point, listed", "points.py half", "is no point of finetune.py or adaptive_lambda.py"),
     ("an unknown section", "benchmark.py sums", "the sections are ['sums'], expected"),
     ("no round", "benchmark.py cif --repeats 0", "--repeats is 0"),
-    ("results of no points", "results.py no-points", "no points under no-points: compute them with `make sweep`"),
+    (
+        "results of no points",
+        "results.py no-points",
+        "no points under no-points: compute them with `make sweep`",
+    ),
     ("results of nothing", "results.py nowhere", "no points under nowhere"),
     ("results of half a point", "results.py points", "points/half/1.json is no point"),
     ("results of a bare point", "results.py bare-points", "bare-points/bare/1.json is no point"),
-    ("results with a damaged table", "results.py with-firing", "with-firing/firing.json is no table of firing.py"),
-
+    (
+        "results with a damaged table",
+        "results.py with-firing",
+        "with-firing/firing.json is no table of firing.py",
+    ),
     # the Python API: the encoder
     ("an array", lambda: encoder(np.zeros((1, 800))), "waveforms is a ndarray, expected a tensor"),
     ("one waveform, no batch", lambda: encoder(sound[0]), "waveforms has shape (800,)"),
@@ -314,7 +642,11 @@ ROWS = [
     ("399 valid samples", lambda: encoder(sound, torch.tensor([800, 399])), "399"),
     ("more valid samples than there are", lambda: encoder(sound, torch.tensor([800, 801])), "801"),
     ("a length too few", lambda: encoder(sound, torch.tensor([800])), "lengths has shape (1,)"),
-    ("lengths in seconds", lambda: encoder(sound, torch.tensor([0.05, 0.05])), "type torch.float32, expected whole samples"),
+    (
+        "lengths in seconds",
+        lambda: encoder(sound, torch.tensor([0.05, 0.05])),
+        "type torch.float32, expected whole samples",
+    ),
     ("NaN in the sound", lambda: encoder(sound * torch.nan), "NaN"),
     ("λ = 2 for the encoder", lambda: encoder(sound, None, 2.0), "λ is 2"),
     ("λ below 0 for the encoder", lambda: encoder(sound, None, -0.1), "λ is -0.1"),
@@ -322,62 +654,149 @@ ROWS = [
     ("a tensor of λ = 2.5", lambda: encoder(sound, None, torch.tensor(2.5)), "λ is 2.5"),
     ("two λ", lambda: encoder(sound, None, torch.tensor([0.1, 0.2])), "λ has shape (2,)"),
     ("λ for one rate", lambda: encoder(sound, lam=0.5, compression="average2"), "one fixed rate"),
-    ("a period of one rate", lambda: OFAEncoder.from_checkpoint("fixed.pt").lam_for(40), "can't be asked for 40 ms"),
+    (
+        "a period of one rate",
+        lambda: OFAEncoder.from_checkpoint("fixed.pt").lam_for(40),
+        "can't be asked for 40 ms",
+    ),
     ("a compression that is not there", lambda: encoder(sound, compression="average3"), "average3"),
     ("19 ms", lambda: lam_from_period(19, 0.22), "a frame period of 19 ms"),
     ("nan ms", lambda: lam_from_period(float("nan"), 0.22), "a frame period of nan ms"),
     ("endless ms", lambda: lam_from_period(float("inf"), 0.22), "a frame period of inf ms"),
-    *((f"{what} to load", lambda name=name: OFAEncoder.from_checkpoint(f"{name}.pt"), f"{name}.pt") for name, what in (
-        ("nowhere", "no file"), ("folder", "a folder"), ("empty", "an empty file"), ("cut", "a cut file"), ("payload", "a payload"),
-        ("foreign", "foreign weights"), ("tensor", "a tensor"), ("list", "a list"), ("other-size", "weights of another size"),
-        ("odd-heads", "heads that do not divide"), ("nan", "NaN"))),
+    *(
+        (
+            f"{what} to load",
+            lambda name=name: OFAEncoder.from_checkpoint(f"{name}.pt"),
+            f"{name}.pt",
+        )
+        for name, what in (
+            ("nowhere", "no file"),
+            ("folder", "a folder"),
+            ("empty", "an empty file"),
+            ("cut", "a cut file"),
+            ("payload", "a payload"),
+            ("foreign", "foreign weights"),
+            ("tensor", "a tensor"),
+            ("list", "a list"),
+            ("other-size", "weights of another size"),
+            ("odd-heads", "heads that do not divide"),
+            ("nan", "NaN"),
+        )
+    ),
     # CIF
     ("frames without a batch", lambda: both(x[0], a), "x has shape (4, 3)"),
     ("no frames", lambda: both(x[:, :0], a[:, :0]), "x has shape (2, 0, 3)"),
     ("whole frames", lambda: both(x.long(), a), "int64"),
-    ("a weight too few", lambda: both(x, a[:, :3]), "alpha has shape (2, 3) and type torch.float32, expected floats (B, S) = (2, 4)"),
+    (
+        "a weight too few",
+        lambda: both(x, a[:, :3]),
+        "alpha has shape (2, 3) and type torch.float32, expected floats (B, S) = (2, 4)",
+    ),
     ("negative weights", lambda: both(x, -a), "negative"),
     ("NaN weights", lambda: both(x, a * torch.nan), "holds negative, infinite or NaN weights"),
     ("infinite weights", lambda: both(x, a / 0), "holds negative, infinite or NaN weights"),
     ("weights of 1e8", lambda: both(x, a * 2e8), "alpha asks for 1e+08 tokens a frame"),
     ("weights of 1e30", lambda: both(x, a * 2e30), "alpha asks for 1e+30 tokens a frame"),
-    ("a billion tokens wanted", lambda: both(x, a, target_lengths=torch.tensor([4, 10**9])),
-     "alpha asks for 2.5e+08 tokens a frame"),
+    (
+        "a billion tokens wanted",
+        lambda: both(x, a, target_lengths=torch.tensor([4, 10**9])),
+        "alpha asks for 2.5e+08 tokens a frame",
+    ),
     ("a threshold of next to nothing", lambda: both(x, a, threshold=1e-9), "of 1e-09 too small?"),
-    ("an empty utterance", lambda: both(x, a, torch.tensor([0, 4])), "lengths is [0, 4], expected 1 to 4"),
+    (
+        "an empty utterance",
+        lambda: both(x, a, torch.tensor([0, 4])),
+        "lengths is [0, 4], expected 1 to 4",
+    ),
     ("more frames than there are", lambda: both(x, a, torch.tensor([5, 4])), "lengths is [5, 4]"),
     ("one length of two", lambda: both(x, a, torch.tensor([4])), "lengths has shape (1,)"),
-    ("half a frame", lambda: both(x, a, torch.tensor([0.5, 1.0])), "lengths has shape (2,) and type torch.float32"),
+    (
+        "half a frame",
+        lambda: both(x, a, torch.tensor([0.5, 1.0])),
+        "lengths has shape (2,) and type torch.float32",
+    ),
     ("a threshold of 0", lambda: both(x, a, threshold=0.0), "threshold is 0.0"),
     ("a threshold of nan", lambda: both(x, a, threshold=float("nan")), "threshold is nan"),
     ("a tail of 1.5 tokens", lambda: both(x, a, tail_threshold=1.5), "tail_threshold is 1.5"),
-    ("no tokens wanted", lambda: both(x, a, target_lengths=torch.tensor([1, 0])), "target_lengths is [1, 0]"),
-    ("tokens of nothing", lambda: both(x, a * 0, target_lengths=torch.tensor([1, 1])), "expected targets of 1 or more and sums > 0"),
-    ("one target of two", lambda: both(x, a, target_lengths=torch.tensor([1])), "target_lengths has shape (1,)"),
-    ("tokens of something else", lambda: expand(torch.ones(2, 9, 3), cif(x, a)), "tokens has shape (2, 9, 3)"),
+    (
+        "no tokens wanted",
+        lambda: both(x, a, target_lengths=torch.tensor([1, 0])),
+        "target_lengths is [1, 0]",
+    ),
+    (
+        "tokens of nothing",
+        lambda: both(x, a * 0, target_lengths=torch.tensor([1, 1])),
+        "expected targets of 1 or more and sums > 0",
+    ),
+    (
+        "one target of two",
+        lambda: both(x, a, target_lengths=torch.tensor([1])),
+        "target_lengths has shape (1,)",
+    ),
+    (
+        "tokens of something else",
+        lambda: expand(torch.ones(2, 9, 3), cif(x, a)),
+        "tokens has shape (2, 9, 3)",
+    ),
     ("a stream of negative weights", lambda: streaming.step(x, -a, streaming.start(x)), "negative"),
-    ("a stream longer than its chunk", lambda: streaming.step(x, a, streaming.start(x), [5, 4]), "lengths is"),
-    ("a chunk of another batch", lambda: streaming.step(x[:1], a[:1], streaming.start(x)), "with the state's (B, C) = (2, 3)"),
-    ("a chunk without a batch", lambda: streaming.step(x[0], a[0], streaming.start(x)), "x has shape (4, 3)"),
+    (
+        "a stream longer than its chunk",
+        lambda: streaming.step(x, a, streaming.start(x), [5, 4]),
+        "lengths is",
+    ),
+    (
+        "a chunk of another batch",
+        lambda: streaming.step(x[:1], a[:1], streaming.start(x)),
+        "with the state's (B, C) = (2, 3)",
+    ),
+    (
+        "a chunk without a batch",
+        lambda: streaming.step(x[0], a[0], streaming.start(x)),
+        "x has shape (4, 3)",
+    ),
     # sound, boundaries, tasks, teachers
-    ("no sound file", lambda: read("nowhere.wav"), "nowhere.wav: "),
-    ("a folder as sound", lambda: read("empty"), "empty: "),
-    ("corrupted sound", lambda: read("bytes.wav"), "bytes.wav: "),
-    ("a sound file of no bytes", lambda: read("no-bytes.wav"), "no-bytes.wav: "),
-    ("a sound file of no samples", lambda: read("none.wav"), "none.wav: 0 samples at 16 kHz, too short"),
-    ("10 ms", lambda: read("10ms.wav"), "10ms.wav: 160 samples at 16 kHz, too short"),
-    ("NaN in a file", lambda: read("nan.wav"), "nan.wav: holds NaN or infinite samples"),
-    ("infinity in a file", lambda: read("infinite.wav"), "infinite.wav: holds NaN or infinite samples"),
+    ("no sound file", lambda: read_sound("nowhere.wav"), "nowhere.wav: "),
+    ("a folder as sound", lambda: read_sound("empty"), "empty: "),
+    ("corrupted sound", lambda: read_sound("bytes.wav"), "bytes.wav: "),
+    ("a sound file of no bytes", lambda: read_sound("no-bytes.wav"), "no-bytes.wav: "),
+    (
+        "a sound file of no samples",
+        lambda: read_sound("none.wav"),
+        "none.wav: 0 samples at 16 kHz, too short",
+    ),
+    ("10 ms", lambda: read_sound("10ms.wav"), "10ms.wav: 160 samples at 16 kHz, too short"),
+    ("NaN in a file", lambda: read_sound("nan.wav"), "nan.wav: holds NaN or infinite samples"),
+    (
+        "infinity in a file",
+        lambda: read_sound("infinite.wav"),
+        "infinite.wav: holds NaN or infinite samples",
+    ),
     ("one file, to be split", lambda: load("one").part("train"), "too few to hold some out"),
-    ("boundaries that are words", lambda: ends("word.tsv"), "word.tsv, line 1 (other): expected an id, a tab"),
+    (
+        "boundaries that are words",
+        lambda: ends("word.tsv"),
+        "word.tsv, line 1 (other): expected an id, a tab",
+    ),
     ("no boundaries", lambda: ends("no-times.tsv"), "no-times.tsv, line 1 (other)"),
     ("boundaries at nan", lambda: ends("nan.tsv"), "nan.tsv, line 1 (other)"),
     ("boundaries before 0", lambda: ends("negative.tsv"), "negative.tsv, line 1 (other)"),
-    ("firing of an encoder of one rate", lambda: firing(OFAEncoder.from_checkpoint("fixed.pt"), load("forty"), []), "one fixed rate (average2)"),
+    (
+        "firing of an encoder of one rate",
+        lambda: firing(OFAEncoder.from_checkpoint("fixed.pt"), load("forty"), []),
+        "one fixed rate (average2)",
+    ),
     ("a kind of task that is not there", lambda: load_task("dance"), "unknown task 'dance'"),
     ("a task of SUPERB's that is not there", lambda: load_superb("dance"), "unknown task 'dance'"),
-    ("foreign weights as a teacher", lambda: load_teacher("foreign.pt"), "foreign.pt is no state_dict"),
-    ("layer 0 of a teacher", lambda: load_teacher("hubert.pt", layers=[0]), "hubert.pt has layers 1 to 3"),
+    (
+        "foreign weights as a teacher",
+        lambda: load_teacher("foreign.pt"),
+        "foreign.pt is no state_dict",
+    ),
+    (
+        "layer 0 of a teacher",
+        lambda: load_teacher("hubert.pt", layers=[0]),
+        "hubert.pt has layers 1 to 3",
+    ),
 ]
 
 
@@ -387,10 +806,12 @@ def test_the_mistake_is_named(place, monkeypatch, capsys, how, words):
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setenv("TORCH_HOME", str(place))
     really_open = urllib.request.urlopen
+
     def offline(address, *rest, **more):
         if address.startswith("file:"):
             return really_open(address, *rest, **more)
         raise OSError("no network")
+
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     if callable(how):
         with pytest.raises((ValueError, OSError)) as error:
@@ -399,7 +820,11 @@ def test_the_mistake_is_named(place, monkeypatch, capsys, how, words):
     else:
         with pytest.raises(SystemExit) as stop:
             call(how)
-        message = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.splitlines()[-1]
+        message = (
+            stop.value.code
+            if isinstance(stop.value.code, str)
+            else capsys.readouterr().err.splitlines()[-1]
+        )
         assert message.startswith(f"{how.split()[0]}: ")
     assert words in message and not Path("payload-was-run").exists()
 
@@ -408,5 +833,17 @@ def test_there_are_enough_rows_over_all_scripts():
     ids = [row[0] for row in ROWS]
     commands = {row[1].split()[0] for row in ROWS if isinstance(row[1], str)}
     assert len(set(ids)) == len(ids) >= 40
-    inputless = {"cif.py", "streaming.py", "ofa_encoder.py", "figures.py", "files.py", "flags.py", "heads.py", "teachers.py", "timing.py"}  # examples and libraries
-    assert commands == {p.name for p in REPO.glob("*.py")} - inputless - {"superb.py"}  # superb.py shows what is missing
+    inputless = {
+        "cif.py",
+        "streaming.py",
+        "ofa_encoder.py",
+        "figures.py",
+        "files.py",
+        "flags.py",
+        "heads.py",
+        "teachers.py",
+        "timing.py",
+    }  # examples and libraries
+    assert commands == {p.name for p in REPO.glob("*.py")} - inputless - {
+        "superb.py"
+    }  # superb.py shows what is missing

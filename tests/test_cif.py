@@ -7,27 +7,42 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from torch_cif import cif_function
 
 import cif as cif_module
 from cif import MAX_TOKENS_PER_FRAME, cif, cif_loop, expand
 
 # Eighths make running totals land exactly on token ends; free floats do not; zeros and α > 1 occur.
-weights = st.one_of(st.integers(0, 24).map(lambda n: n / 8), st.floats(2**-10, 3, width=32), st.just(0.0), st.just(1.0))
+weights = st.one_of(
+    st.integers(0, 24).map(lambda n: n / 8),
+    st.floats(2**-10, 3, width=32),
+    st.just(0.0),
+    st.just(1.0),
+)
 
 
 @st.composite
 def cases(draw):
     B, S = draw(st.integers(1, 3)), draw(st.integers(1, 12))
-    alpha = torch.tensor(draw(st.lists(st.lists(weights, min_size=S, max_size=S), min_size=B, max_size=B)))
+    alpha = torch.tensor(
+        draw(st.lists(st.lists(weights, min_size=S, max_size=S), min_size=B, max_size=B))
+    )
     lengths = torch.tensor(draw(st.lists(st.integers(1, S), min_size=B, max_size=B)))
-    keywords = dict(threshold=draw(st.sampled_from([0.5, 0.7, 1.0, 1.25, 1.5])),
-                    tail_threshold=draw(st.sampled_from([None, 0.0, 0.25, 0.5, 1.0])))
+    keywords = dict(
+        threshold=draw(st.sampled_from([0.5, 0.7, 1.0, 1.25, 1.5])),
+        tail_threshold=draw(st.sampled_from([None, 0.0, 0.25, 0.5, 1.0])),
+    )
     valid = torch.arange(S) < lengths[:, None]
     if draw(st.booleans()) and bool(((alpha * valid).sum(1) > 1e-3).all()):
-        keywords["target_lengths"] = torch.tensor(draw(st.lists(st.integers(1, 8), min_size=B, max_size=B)))
-    x = torch.rand(B, S, 3, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))) * 2 - 1
+        keywords["target_lengths"] = torch.tensor(
+            draw(st.lists(st.integers(1, 8), min_size=B, max_size=B))
+        )
+    x = (
+        torch.rand(B, S, 3, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))) * 2
+        - 1
+    )
     return x, alpha, lengths, keywords
 
 
@@ -39,9 +54,13 @@ def overlaps(x, alpha, beta, tail_threshold, target):
     ends = alpha.cumsum()
     full = int(np.floor(ends[-1] / beta + 1e-9))
     rest = ends[-1] - full * beta
-    tail = tail_threshold is not None and rest >= (tail_threshold - 1e-9) * beta and rest > 1e-9 * beta
+    tail = (
+        tail_threshold is not None and rest >= (tail_threshold - 1e-9) * beta and rest > 1e-9 * beta
+    )
     token_ends = beta * np.arange(1, full + 1 + tail)
-    width = np.minimum(ends[:, None], token_ends) - np.maximum((ends - alpha)[:, None], token_ends - beta)
+    width = np.minimum(ends[:, None], token_ends) - np.maximum(
+        (ends - alpha)[:, None], token_ends - beta
+    )
     width = width.clip(min=0)
     tokens = width.T @ x
     times = []
@@ -59,12 +78,19 @@ def overlaps(x, alpha, beta, tail_threshold, target):
 def test_matches_dense_float64_with_nan_in_the_padding(case):
     x, alpha, lengths, keywords = case
     padding = torch.arange(x.shape[1]) >= lengths[:, None]
-    fired = cif(x.masked_fill(padding[:, :, None], torch.nan), alpha.masked_fill(padding, torch.nan), lengths, **keywords)
+    fired = cif(
+        x.masked_fill(padding[:, :, None], torch.nan),
+        alpha.masked_fill(padding, torch.nan),
+        lengths,
+        **keywords,
+    )
     targets = keywords.get("target_lengths")
     back = expand(fired.tokens, fired)
     for b, n in enumerate(lengths):
         target = None if targets is None else targets[b].item()
-        tokens, times, share = overlaps(x[b, :n], alpha[b, :n], keywords["threshold"], keywords["tail_threshold"], target)
+        tokens, times, share = overlaps(
+            x[b, :n], alpha[b, :n], keywords["threshold"], keywords["tail_threshold"], target
+        )
         T = len(tokens)
         assert fired.lengths[b] == T and (target is None or T == target)
         assert np.abs(fired.tokens[b, :T].numpy() - tokens).max(initial=0) <= 1e-5
@@ -83,8 +109,14 @@ def test_loop_and_vectorised_agree_in_values_and_gradients(case):
         leaves = x.double().requires_grad_(), alpha.double().requires_grad_()
         fired = function(*leaves, lengths, **keywords)
         back = expand(fired.tokens, fired)
-        loss = (fired.tokens * torch.linspace(1, 2, fired.tokens.numel()).view_as(fired.tokens)).sum()
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if fired.tokens.numel() else (None, None)
+        loss = (
+            fired.tokens * torch.linspace(1, 2, fired.tokens.numel()).view_as(fired.tokens)
+        ).sum()
+        gradients = (
+            torch.autograd.grad(loss, leaves, allow_unused=True)
+            if fired.tokens.numel()
+            else (None, None)
+        )
         results.append((fired.tokens, fired.lengths, fired.fire_times, back, *gradients))
     for vectorised, loop in zip(*results):
         if loop is None:
@@ -99,14 +131,22 @@ def test_mass_is_kept(case):
     x, alpha, lengths, keywords = case
     fired = cif(x, alpha, lengths, **keywords)
     beta, T = keywords["threshold"], fired.tokens.shape[1]
-    per_token = fired.width.new_zeros(len(x), T + 1).scatter_add_(1, fired.token.clamp(max=T), fired.width)
+    per_token = fired.width.new_zeros(len(x), T + 1).scatter_add_(
+        1, fired.token.clamp(max=T), fired.width
+    )
     per_frame = torch.zeros_like(fired.alpha).scatter_add_(1, fired.frame, fired.width)
     for b in range(len(x)):
         total = fired.alpha[b].sum().item()
         full = int(total / beta + 1e-9)
-        assert torch.allclose(per_token[b, :full], torch.tensor(beta, dtype=torch.float64), atol=1e-8)
-        if fired.lengths[b] > full:                              # a tail that fires holds the rest, and no mass is lost
-            assert torch.allclose(per_token[b, full], torch.tensor(total - full * beta, dtype=torch.float64), atol=1e-8)
+        assert torch.allclose(
+            per_token[b, :full], torch.tensor(beta, dtype=torch.float64), atol=1e-8
+        )
+        if fired.lengths[b] > full:  # a tail that fires holds the rest, and no mass is lost
+            assert torch.allclose(
+                per_token[b, full],
+                torch.tensor(total - full * beta, dtype=torch.float64),
+                atol=1e-8,
+            )
             assert torch.allclose(per_frame[b], fired.alpha[b], atol=1e-8)
 
 
@@ -115,12 +155,18 @@ def test_example_by_hand():
     alpha = torch.tensor([[0.5, 0.75, 0.5, 0.25, 0.75]])
     for function in (cif, cif_loop):
         fired = function(x, alpha)
-        assert fired.tokens.flatten().tolist() == [0.5 * 1 + 0.5 * 2, 0.25 * 2 + 0.5 * 3 + 0.25 * 4, 5.0]
+        assert fired.tokens.flatten().tolist() == [
+            0.5 * 1 + 0.5 * 2,
+            0.25 * 2 + 0.5 * 3 + 0.25 * 4,
+            5.0,
+        ]
         assert torch.allclose(fired.fire_times, torch.tensor([[1 + 0.5 / 0.75, 4.0, 5.0]]))
         assert function(x, alpha, tail_threshold=None).lengths.tolist() == [2]
         assert function(x, alpha, tail_threshold=0.8).lengths.tolist() == [2]
         # α = 2.5 in one frame: two tokens fire inside it and its half is the tail.
-        assert function(x[:, :1], torch.tensor([[2.5]])).fire_times.tolist() == [[pytest.approx(0.4), pytest.approx(0.8), 1]]
+        assert function(x[:, :1], torch.tensor([[2.5]])).fire_times.tolist() == [
+            [pytest.approx(0.4), pytest.approx(0.8), 1]
+        ]
 
 
 def test_gradcheck():
@@ -128,11 +174,19 @@ def test_gradcheck():
     x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
     alpha = (torch.rand(2, 6, dtype=torch.float64) * 1.5 + 0.05).requires_grad_()
     lengths = torch.tensor([6, 4])
-    for keywords in ({}, {"threshold": 0.7, "tail_threshold": 0.0}, {"target_lengths": torch.tensor([3, 2])}):
-        assert torch.autograd.gradcheck(lambda x, a: cif(x, a, lengths, **keywords).tokens, (x, alpha))
+    for keywords in (
+        {},
+        {"threshold": 0.7, "tail_threshold": 0.0},
+        {"target_lengths": torch.tensor([3, 2])},
+    ):
+        assert torch.autograd.gradcheck(
+            lambda x, a: cif(x, a, lengths, **keywords).tokens, (x, alpha)
+        )
+
         def there_and_back(x, a):
             fired = cif(x, a, lengths, **keywords)
             return expand(fired.tokens, fired)
+
         assert torch.autograd.gradcheck(there_and_back, (x, alpha))
 
 
@@ -153,11 +207,15 @@ def test_agrees_with_torch_cif(with_targets):
     x, alpha = torch.randn(4, 60, 8), torch.rand(4, 60) * 0.9 + 0.05
     lengths = torch.tensor([60, 47, 33, 12])
     targets = torch.tensor([20, 11, 9, 3]) if with_targets else None
-    theirs = cif_function(x, alpha, padding_mask=torch.arange(60) >= lengths[:, None], target_lengths=targets)
+    theirs = cif_function(
+        x, alpha, padding_mask=torch.arange(60) >= lengths[:, None], target_lengths=targets
+    )
     ours = cif(x, alpha, lengths, target_lengths=targets)
     assert ours.lengths.tolist() == theirs["cif_lengths"][0].tolist()
     for b, n in enumerate(ours.lengths):
-        torch.testing.assert_close(ours.tokens[b, :n], theirs["cif_out"][0][b, :n], rtol=0, atol=5e-4)
+        torch.testing.assert_close(
+            ours.tokens[b, :n], theirs["cif_out"][0][b, :n], rtol=0, atol=5e-4
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -179,7 +237,15 @@ def test_alpha_of_one_is_the_identity():
     x = torch.randn(2, 7, 4)
     fired = cif(x, torch.ones(2, 7), torch.tensor([7, 3]))
     assert torch.equal(fired.tokens[0], x[0]) and torch.equal(expand(fired.tokens, fired)[0], x[0])
-    assert fired.lengths.tolist() == [7, 3] and fired.fire_times[1].tolist() == [1, 2, 3, 0, 0, 0, 0]
+    assert fired.lengths.tolist() == [7, 3] and fired.fire_times[1].tolist() == [
+        1,
+        2,
+        3,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_nothing_fires():
@@ -200,7 +266,7 @@ def test_too_many_tokens_are_refused(function):
     with pytest.raises(ValueError, match=f"asks for {2 * most} tokens a frame"):
         function(x, alpha, lengths, threshold=0.5)
 
-    targets = torch.tensor([3, 2])                               # whatever α was before
+    targets = torch.tensor([3, 2])  # whatever α was before
     assert function(x, alpha * 1e6, lengths, target_lengths=targets).lengths.tolist() == [3, 2]
     with pytest.raises(ValueError, match=r"asks for 5e\+08 tokens a frame"):
         function(x, alpha, lengths, target_lengths=torch.tensor([3, 10**9]))
@@ -209,5 +275,9 @@ def test_too_many_tokens_are_refused(function):
 def test_imports_torch_alone():
     tree = ast.parse(Path(cif_module.__file__).read_text())
     imports = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
-    modules = {name for n in imports for name in ([n.module] if isinstance(n, ast.ImportFrom) else [a.name for a in n.names])}
+    modules = {
+        name
+        for n in imports
+        for name in ([n.module] if isinstance(n, ast.ImportFrom) else [a.name for a in n.names])
+    }
     assert {m.split(".")[0] for m in modules} == {"torch", "typing"}

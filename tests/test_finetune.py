@@ -12,15 +12,14 @@ import soundfile
 import torch
 
 import finetune
-import predict
-from data import SPLITS
+from extras import predict
 from finetune import average_precision, guessing, score
-from files import save
 from ofa_encoder import PRESETS, OFAEncoder
-from points import is_there, read_point, warning
-from tasks import KINDS, Task, draw_splits, draw_splits_by_label, load_task
+from parts.data import SPLITS
+from parts.runs import already_done, read_point, save, warning
+from parts.tasks import KINDS, Task, draw_splits, draw_splits_by_label, load_task
 
-REPO = Path(finetune.__file__).parent
+REPO = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +28,19 @@ def spoken(asterisk, tmp_path_factory):
     folder = tmp_path_factory.mktemp("spoken")
     rows = ["path\ttext\tlabel\tsplit"]
     for language in ("en", "ru"):
-        chosen = [i for i, u in enumerate(asterisk.utterances) if u.language == language and 8_000 < u.samples < 24_000][:30]
+        chosen = [
+            i
+            for i, u in enumerate(asterisk.utterances)
+            if u.language == language and 8_000 < u.samples < 24_000
+        ][:30]
         for k, i in enumerate(chosen):
             rate = (16_000, 8_000, 22_050)[k % 3]
             sound = asterisk[i].numpy()
-            sound = np.interp(np.arange(int(len(sound) * rate / 16_000)) * 16_000 / rate, np.arange(len(sound)), sound)
+            sound = np.interp(
+                np.arange(int(len(sound) * rate / 16_000)) * 16_000 / rate,
+                np.arange(len(sound)),
+                sound,
+            )
             soundfile.write(folder / f"{language}{k}.flac", sound, rate)
             split = "test" if k % 5 == 0 else "valid" if k % 5 == 1 else "train"
             rows.append(f"{language}{k}.flac\t{asterisk.utterances[i].text}\t{language}\t{split}")
@@ -49,8 +56,24 @@ def run(spoken, tmp_path, monkeypatch):
     save(OFAEncoder(replace(PRESETS["tiny"], compression="average2")).checkpoint(), "fixed.pt")
 
     def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["finetune.py", "--checkpoint", "encoder.pt", "--data", str(spoken), "--epochs", "3", "--out", "out", *flags])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "finetune.py",
+                "--checkpoint",
+                "encoder.pt",
+                "--data",
+                str(spoken),
+                "--epochs",
+                "3",
+                "--out",
+                "out",
+                *flags,
+            ],
+        )
         finetune.main()
+
     return run
 
 
@@ -58,16 +81,40 @@ def test_embedded_tasks(asterisk):
     tasks = {kind: load_task(kind) for kind in KINDS}
     split_of = {u.id: split for split in SPLITS for u in asterisk.part(split).utterances}
     for task in tasks.values():
-        assert all(split_of[u.id] == split for u, split in zip(task.speech.utterances, task.splits, strict=True))
+        assert all(
+            split_of[u.id] == split
+            for u, split in zip(task.speech.utterances, task.splits, strict=True)
+        )
         assert len(task.targets) == len(task.speech) > 900
-    assert {u.language for u in tasks["ctc"].speech.utterances} == {"en", "es"} and tasks["ctc"].metric == "CER"
-    translated = {u.id: t for u, t in zip(tasks["seq2seq"].speech.utterances, tasks["seq2seq"].targets)}
-    assert translated["ru/conf-getpin"] == translated["it/conf-getpin"] == ["please", "enter", "conference", "number"]
-    heard_in = {w: {u.group for u, t, s in zip(tasks["seq2seq"].speech.utterances, tasks["seq2seq"].targets, tasks["seq2seq"].splits)
-                    if s == "train" and w in t} for w in tasks["seq2seq"].symbols}
+    assert {u.language for u in tasks["ctc"].speech.utterances} == {"en", "es"} and tasks[
+        "ctc"
+    ].metric == "CER"
+    translated = {
+        u.id: t for u, t in zip(tasks["seq2seq"].speech.utterances, tasks["seq2seq"].targets)
+    }
+    assert (
+        translated["ru/conf-getpin"]
+        == translated["it/conf-getpin"]
+        == ["please", "enter", "conference", "number"]
+    )
+    heard_in = {
+        w: {
+            u.group
+            for u, t, s in zip(
+                tasks["seq2seq"].speech.utterances,
+                tasks["seq2seq"].targets,
+                tasks["seq2seq"].splits,
+            )
+            if s == "train" and w in t
+        }
+        for w in tasks["seq2seq"].symbols
+    }
     assert all(len(groups) >= 4 for groups in heard_in.values())
     concepts = {u.id: t for u, t in zip(tasks["pool"].speech.utterances, tasks["pool"].targets)}
-    assert concepts["es/conf-enteringno"] == {"conference", "number"} and len(tasks["pool"].symbols) == 8
+    assert (
+        concepts["es/conf-enteringno"] == {"conference", "number"}
+        and len(tasks["pool"].symbols) == 8
+    )
 
 
 def test_metrics_by_hand():
@@ -77,7 +124,9 @@ def test_metrics_by_hand():
     task = Task("pool", "accuracy", None, [], [], [])
     assert score(task, [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0])], [[1], [1]]) == 50
     assert average_precision(np.ones(4), np.array([True, False, False, True])) == 0.5
-    assert average_precision(np.array([0.9, 0.8, 0.7, 0.1]), np.array([True, False, True, False])) == pytest.approx((1 + 2 / 3) / 2)
+    assert average_precision(
+        np.array([0.9, 0.8, 0.7, 0.1]), np.array([True, False, True, False])
+    ) == pytest.approx((1 + 2 / 3) / 2)
     task = Task("pool", "mAP", None, [], [], [])
     assert score(task, [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], [[0], [1]]) == 100
 
@@ -133,7 +182,7 @@ def test_guessing_is_what_the_answers_reach_when_shuffled():
     right = [torch.tensor([1.0 - n % 2, n % 2]) for n in range(40)]
     assert score(labels, right, targets) == 100
     assert 50 <= guessing(labels, right, targets) <= 90
-    assert guessing(labels, right[:2], targets[:2]) == 100       # as half of the deals of two
+    assert guessing(labels, right[:2], targets[:2]) == 100  # as half of the deals of two
     always_the_same = [torch.tensor([1.0, 0.0])] * 40
     assert guessing(labels, always_the_same, targets) == 50
 
@@ -143,13 +192,21 @@ def test_guessing_is_what_the_answers_reach_when_shuffled():
     assert 50 <= guessing(texts, targets, targets) <= 100
     assert guessing(texts, targets[:2], targets[:2]) == 0
     assert guessing(texts, [[0, 1]] * 20, targets) == score(texts, [[0, 1]] * 20, targets)
-    targets = [list(range(n)) for n in range(1, 40)]             # always the same deals
+    targets = [list(range(n)) for n in range(1, 40)]  # always the same deals
     assert guessing(texts, targets, targets) == guessing(texts, targets, targets)
 
 
-@pytest.mark.parametrize("metric, test, guess, warned", [
-    ("CER", 30.0, 80.0, False), ("CER", 80.0, 80.0, True), ("CER", 90.0, 80.0, True),
-    ("mAP", 50.0, 20.0, False), ("mAP", 20.0, 20.0, True), ("accuracy", 10.0, 20.0, True)])
+@pytest.mark.parametrize(
+    "metric, test, guess, warned",
+    [
+        ("CER", 30.0, 80.0, False),
+        ("CER", 80.0, 80.0, True),
+        ("CER", 90.0, 80.0, True),
+        ("mAP", 50.0, 20.0, False),
+        ("mAP", 20.0, 20.0, True),
+        ("accuracy", 10.0, 20.0, True),
+    ],
+)
 def test_a_score_no_better_than_guessing_is_named(metric, test, guess, warned):
     text = warning({"metric": metric, "test": test, "guessing": guess})
     assert text.startswith("; NO BETTER THAN GUESSING") == warned
@@ -161,7 +218,7 @@ def test_points_from_before_guessing_can_be_read(tmp_path, capsys):
     point.pop("guessing", None)
     path = tmp_path / "old.json"
     path.write_text(json.dumps(point))
-    assert is_there(path, point["config"])
+    assert already_done(path, point["config"])
     there = f"{path} is there: test mAP {point['test']:.1f} % at 20.0 ms a token\n"
     assert capsys.readouterr().out == there
 
@@ -169,19 +226,49 @@ def test_points_from_before_guessing_can_be_read(tmp_path, capsys):
 def test_a_tsv_task_is_learned(run):
     """Which language is spoken, by which of two voices: easy, even from log-mels."""
     run("--task", "pool", "--features", "logmel", "--epochs", "60")
-    run("--checkpoint", str(REPO / "checkpoints/ofa-tiny.pt"), "--task", "pool",
-        "--lam", "0", "0.5", "--seeds", "2", "--epochs", "20")
-    logmel, *points = [json.loads(p.read_text()) for p in sorted(Path("out").glob("*.json"), key=lambda p: ("encoder" in p.name, p.name))]
+    run(
+        "--checkpoint",
+        str(REPO / "checkpoints/ofa-tiny.pt"),
+        "--task",
+        "pool",
+        "--lam",
+        "0",
+        "0.5",
+        "--seeds",
+        "2",
+        "--epochs",
+        "20",
+    )
+    logmel, *points = [
+        json.loads(p.read_text())
+        for p in sorted(Path("out").glob("*.json"), key=lambda p: ("encoder" in p.name, p.name))
+    ]
     assert logmel["test"] >= 75 and logmel["metric"] == "accuracy"
-    assert [(p["config"]["lam"], p["config"]["seed"]) for p in points] == [(0, 0), (0, 1), (0.5, 0), (0.5, 1)]
+    assert [(p["config"]["lam"], p["config"]["seed"]) for p in points] == [
+        (0, 0),
+        (0, 1),
+        (0.5, 0),
+        (0.5, 1),
+    ]
     assert np.mean([p["test"] for p in points]) >= 85
     assert points[0]["frame_period_ms"] == 20 and points[2]["frame_period_ms"] > 25
-    assert points[2]["transformer_gflops_per_s"] < points[0]["transformer_gflops_per_s"] and points[2]["tokens"] < points[0]["tokens"]
+    assert (
+        points[2]["transformer_gflops_per_s"] < points[0]["transformer_gflops_per_s"]
+        and points[2]["tokens"] < points[0]["tokens"]
+    )
 
 
-@pytest.mark.parametrize("flags", [("--task", "ctc", "--slots", "2"), ("--task", "ctc", "--head", "linear", "--features", "logmel"),
-                                   ("--task", "seq2seq", "--beam", "2"), ("--task", "seq2seq", "--features", "deaf", "--ctc-weight", "0"),
-                                   ("--task", "pool", "--features", "random"), ("--task", "pool", "--unfreeze", "--epochs", "1")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--task", "ctc", "--symbols-per-token", "2"),
+        ("--task", "ctc", "--head", "linear", "--features", "logmel"),
+        ("--task", "seq2seq", "--beam", "2"),
+        ("--task", "seq2seq", "--features", "deaf", "--ctc-weight", "0"),
+        ("--task", "pool", "--features", "random"),
+        ("--task", "pool", "--unfreeze", "--epochs", "1"),
+    ],
+)
 def test_every_task_and_baseline_runs(run, flags, capsys):
     run(*flags)
     (path,) = Path("out").glob("*.json")
@@ -189,7 +276,7 @@ def test_every_task_and_baseline_runs(run, flags, capsys):
     assert 0 <= point["test"] and point["epochs"] >= 1 and point["test_utterances"] == 12
     assert (point["transformer_gflops_per_s"] == 0) == ("logmel" in flags or "deaf" in flags)
     printed = capsys.readouterr().out.rstrip()
-    if "deaf" in flags:                                   # it says the same of every utterance
+    if "deaf" in flags:  # it says the same of every utterance
         assert point["guessing"] == point["test"]
         assert printed.endswith(f"reach {point['guessing']:.1f} %)")
     run(*flags)
@@ -199,26 +286,56 @@ def test_every_task_and_baseline_runs(run, flags, capsys):
         run(*flags, "--lr", "0.1")
 
 
-@pytest.mark.parametrize("kind, flags", [("pool", ()), ("ctc", ("--slots", "2")), ("seq2seq", ("--unfreeze", "--beam", "2"))])
-def test_a_kept_head_says_of_the_files_what_it_said_in_the_test(run, spoken, kind, flags, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "kind, flags",
+    [
+        ("pool", ()),
+        ("ctc", ("--symbols-per-token", "2")),
+        ("seq2seq", ("--unfreeze", "--beam", "2")),
+    ],
+)
+def test_a_kept_head_says_of_the_files_what_it_said_in_the_test(
+    run, spoken, kind, flags, monkeypatch, capsys
+):
     # Kept, hidden states would be in half precision, and an answer might differ by a symbol.
-    flags = ("--checkpoint", str(REPO / "checkpoints/ofa-tiny.pt"), "--task", kind, "--lam", "0.3",
-             "--epochs", "12", "--save-heads", "--keep", "nothing", *flags)
+    flags = (
+        "--checkpoint",
+        str(REPO / "checkpoints/ofa-tiny.pt"),
+        "--task",
+        kind,
+        "--lam",
+        "0.3",
+        "--epochs",
+        "12",
+        "--save-heads",
+        "--keep",
+        "nothing",
+        *flags,
+    )
     run(*flags)
     point = json.loads(Path(f"out/{kind}-encoder-lam0.3-seed0.json").read_text())
     rows = [line.split("\t") for line in spoken.read_text().splitlines()[1:]]
-    wanted = {str(spoken.parent / path): (text, label) for path, text, label, split in rows if split == "test"}
+    wanted = {
+        str(spoken.parent / path): (text, label)
+        for path, text, label, split in rows
+        if split == "test"
+    }
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["predict.py", f"out/{kind}-encoder-lam0.3-seed0.pt", *wanted])
     predict.main()
     said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert said.keys() == wanted.keys()
     if kind == "pool":
-        right = [said[path].startswith(label) and 0.5 <= int(said[path][4:-2]) / 100 <= 1 for path, (_, label) in wanted.items()]
+        right = [
+            said[path].startswith(label) and 0.5 <= int(said[path][4:-2]) / 100 <= 1
+            for path, (_, label) in wanted.items()
+        ]
         assert 100 * np.mean(right) == pytest.approx(point["test"]) and point["test"] > 60
     else:
-        (example,) = point["examples"]                # the shortest one
-        assert example["predicted"] in [said[path] for path, (text, _) in wanted.items() if text == example["wanted"]]
+        (example,) = point["examples"]  # the shortest one
+        assert example["predicted"] in [
+            said[path] for path, (text, _) in wanted.items() if text == example["wanted"]
+        ]
     run(*flags)
     assert "is there" in capsys.readouterr().out
 
@@ -248,18 +365,27 @@ def test_too_short_for_ctc_is_counted(run):
 
 def test_what_cannot_be_written_leaves_the_points(run, unwritable, monkeypatch, capsys):
     save_point, saved = finetune.save_point, []
+
     def full_at_the_second(path, point):
         saved.append(path)
         with unwritable(path.parent) if len(saved) == 2 else nullcontext():
             save_point(path, point)
+
     flags = ("--task", "pool", "--seeds", "2", "--epochs", "1", "--features", "deaf")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"seed1.json could not be written \(.*(too large|denied)"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match=r"seed1.json could not be written \(.*(too large|denied)"),
+    ):
         patch.setattr(finetune, "save_point", full_at_the_second)
         run(*flags)
     (first,) = Path("out").iterdir()
     before = first.read_bytes()
     run(*flags)
-    assert f"{first} is there" in capsys.readouterr().out and first.read_bytes() == before and len(list(Path("out").iterdir())) == 2
+    assert (
+        f"{first} is there" in capsys.readouterr().out
+        and first.read_bytes() == before
+        and len(list(Path("out").iterdir())) == 2
+    )
 
 
 def test_same_seed_same_result(run):
@@ -273,5 +399,7 @@ def test_the_cost_of_an_unfrozen_encoder_is_its_own(run, monkeypatch):
     """Training moves α, and with it the frame period."""
     run("--task", "pool", "--lam", "1", "--epochs", "1", "--unfreeze", "--encoder-lr", "0.01")
     run("--task", "pool", "--lam", "1", "--epochs", "1", "--out", "frozen")
-    unfrozen, frozen = (json.loads(next(Path(out).glob("*.json")).read_text()) for out in ("out", "frozen"))
+    unfrozen, frozen = (
+        json.loads(next(Path(out).glob("*.json")).read_text()) for out in ("out", "frozen")
+    )
     assert abs(unfrozen["frame_period_ms"] - frozen["frame_period_ms"]) > 1

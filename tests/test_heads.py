@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from heads import BiLSTM, CTCHead, PoolHead, Seq2SeqHead
+from parts.heads import BiLSTM, CTCHead, PoolHead, Seq2SeqHead
 
 
 def hidden(B=2, L=3, T=7, D=8, seed=0):
@@ -27,8 +27,15 @@ def test_bilstm_is_torchs_packed_one():
         torch.testing.assert_close(ours(x, lengths)[b, :n], expected[b, :n])
 
 
-@pytest.mark.parametrize("make", [lambda: CTCHead(3, 8, 4), lambda: CTCHead(3, 8, 4, "linear", slots=2),
-                                  lambda: Seq2SeqHead(3, 8, 4, ctc_weight=0.3, beam=3), lambda: PoolHead(3, 8, 4)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: CTCHead(3, 8, 4),
+        lambda: CTCHead(3, 8, 4, "linear", symbols_per_token=2),
+        lambda: Seq2SeqHead(3, 8, 4, ctc_weight=0.3, beam=3),
+        lambda: PoolHead(3, 8, 4),
+    ],
+)
 def test_padding_and_company_change_nothing(make):
     torch.manual_seed(0)
     head, x, lengths = make().eval(), hidden(), torch.tensor([7, 4])
@@ -48,14 +55,20 @@ def test_ctc_loss_is_the_sum_over_all_paths():
     total = 0.0
     for path in itertools.product(range(3), repeat=4):
         collapsed = [s - 1 for s, before in zip(path, (0, *path)) if s not in (0, before)]
-        total += math.exp(sum(log_probs[t, s].item() for t, s in enumerate(path))) if collapsed == target else 0
-    assert head.loss(x, torch.tensor([4]), [target]).item() == pytest.approx(-math.log(total) / 2, rel=1e-4)
+        total += (
+            math.exp(sum(log_probs[t, s].item() for t, s in enumerate(path)))
+            if collapsed == target
+            else 0
+        )
+    assert head.loss(x, torch.tensor([4]), [target]).item() == pytest.approx(
+        -math.log(total) / 2, rel=1e-4
+    )
 
 
 def test_infeasible_utterances_are_counted():
-    head = CTCHead(3, 8, 4, slots=1)
+    head = CTCHead(3, 8, 4, symbols_per_token=1)
     assert head.infeasible(torch.tensor([2, 2, 3, 1]), [[0, 1], [1, 1], [1, 1], [0, 1]]) == 2
-    head.slots = 2
+    head.symbols_per_token = 2
     assert head.infeasible(torch.tensor([2, 2, 3, 1]), [[0, 1], [1, 1], [1, 1], [0, 1]]) == 0
 
 
@@ -63,12 +76,20 @@ def test_beam_finds_no_worse_than_greedy():
     """The score that the search reports for its text is the decoder's own, and a wider beam's is at least greedy's."""
     for seed in range(6):
         torch.manual_seed(seed)
-        head, x, lengths = Seq2SeqHead(3, 8, 4, most=5).eval(), hidden(B=1, seed=seed) * 3, torch.tensor([7])
+        head, x, lengths = (
+            Seq2SeqHead(3, 8, 4, max_symbols=5).eval(),
+            hidden(B=1, seed=seed) * 3,
+            torch.tensor([7]),
+        )
+
         def mean_score(text):
             memory, padding = head.memory(x, lengths)
             given = torch.tensor([[head.end, *text]])
             scores = head.decode(memory, padding, given)[0]
-            return sum(scores[n, s].item() for n, s in enumerate([*text, head.end])) / (len(text) + 1)
+            return sum(scores[n, s].item() for n, s in enumerate([*text, head.end])) / (
+                len(text) + 1
+            )
+
         with torch.no_grad():
             (greedy,) = head.predict(x, lengths)
             head.beam = 50
@@ -81,8 +102,12 @@ def test_heads_learn():
     """Each head overfits four utterances."""
     x, lengths = hidden(B=4, T=8), torch.tensor([8, 8, 6, 6])
     texts = [[0, 1, 2], [3, 3], [1], [2, 0]]
-    for head, targets in ((CTCHead(3, 8, 4, dropout=0), texts), (Seq2SeqHead(3, 8, 4, ctc_weight=0.3, dropout=0), texts),
-                          (PoolHead(3, 8, 4, dropout=0), [[0], [1], [2], [3]]), (PoolHead(3, 8, 4, several=True, dropout=0), texts)):
+    for head, targets in (
+        (CTCHead(3, 8, 4, dropout=0), texts),
+        (Seq2SeqHead(3, 8, 4, ctc_weight=0.3, dropout=0), texts),
+        (PoolHead(3, 8, 4, dropout=0), [[0], [1], [2], [3]]),
+        (PoolHead(3, 8, 4, multi_label=True, dropout=0), texts),
+    ):
         torch.manual_seed(0)
         optimizer = torch.optim.Adam(head.parameters(), 0.003)
         for _ in range(300):
@@ -91,6 +116,11 @@ def test_heads_learn():
             optimizer.step()
         predicted = head.eval().predict(x, lengths)
         if isinstance(head, PoolHead):
-            predicted = [sorted((p > (0 if head.several else p.max() - 1e-6)).nonzero().flatten().tolist()) for p in predicted]
+            predicted = [
+                sorted(
+                    (p > (0 if head.multi_label else p.max() - 1e-6)).nonzero().flatten().tolist()
+                )
+                for p in predicted
+            ]
             targets = [sorted(set(t)) for t in targets]
         assert predicted == targets, type(head)

@@ -21,16 +21,21 @@ import soundfile
 import torch
 from hypothesis import settings
 
-import data
 import pretrain
-from data import batches, by_length, load, loader, pad
-from evaluate import transformer_gflops
-from files import load_checkpoint
-from ofa_encoder import PRESETS, OFAEncoder, frames_of, period_from_lam
+from ofa_encoder import (
+    PRESETS,
+    OFAEncoder,
+    frames_of,
+    load_checkpoint,
+    period_from_lam,
+    transformer_gflops,
+)
+from parts import data
+from parts.data import batches, by_length, load, loader, pad
+from parts.teachers import MFCCTeacher, load_teacher
 from pretrain import Distiller, constant_loss, draw_lams, evaluate, guidance
-from teachers import MFCCTeacher, load_teacher
 
-REPO = Path(pretrain.__file__).parent
+REPO = Path(__file__).parent.parent
 
 
 @contextmanager
@@ -48,12 +53,26 @@ def run(folder, tmp_path, tmp_path_factory, monkeypatch):
     """run("--out", "a", …) pre-trains in tmp_path for six quick steps; later flags win."""
     monkeypatch.chdir(tmp_path)
     root = tmp_path_factory.getbasetemp() / "root"  # boundaries are found once
-    base = ["--data", str(folder), "--root", str(root), "--steps", "6", "--batch-seconds", "8", "--warmup", "2", "--device", "cpu"]
+    base = [
+        "--data",
+        str(folder),
+        "--root",
+        str(root),
+        "--steps",
+        "6",
+        "--batch-seconds",
+        "8",
+        "--warmup",
+        "2",
+        "--device",
+        "cpu",
+    ]
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *base, *flags])
         with suppress_nothing_learned():
             pretrain.main()
+
     run.flags = base
     return run
 
@@ -69,17 +88,31 @@ def test_a_run_leaves_encoder_table_and_figure(run, folder, capsys):
     assert table["rows"][0]["lam"] == 0 and len(table["rows"]) == 6
     for row, asked in zip(table["rows"], (20, 25, 33, 50, 90, 180)):
         assert row["closed_form_ms"] == pytest.approx(asked, rel=0.05)
-        assert row["closed_form_ms"] == pytest.approx(period_from_lam(row["lam"], table["mean_alpha"]))
-        assert row["period_ms"] == pytest.approx(row["closed_form_ms"], rel=0.15)  # a hundred frames are few
-        assert row["tokens_per_s"] == pytest.approx(1000 / row["period_ms"]) and len(row["distillation"]) == 1
+        assert row["closed_form_ms"] == pytest.approx(
+            period_from_lam(row["lam"], table["mean_alpha"])
+        )
+        assert row["period_ms"] == pytest.approx(
+            row["closed_form_ms"], rel=0.15
+        )  # a hundred frames are few
+        assert (
+            row["tokens_per_s"] == pytest.approx(1000 / row["period_ms"])
+            and len(row["distillation"]) == 1
+        )
     gflops = [row["transformer_gflops_per_s"] for row in table["rows"]]
     assert gflops == sorted(gflops, reverse=True)
     encoder = OFAEncoder.from_checkpoint("a/encoder.pt")
     assert encoder.mean_alpha.item() == pytest.approx(table["mean_alpha"], rel=0.05)
-    assert encoder(load(str(folder))[0][None], lam=encoder.lam_for(60)).hidden_states[-1].isfinite().all()
+    assert (
+        encoder(load(str(folder))[0][None], lam=encoder.lam_for(60))
+        .hidden_states[-1]
+        .isfinite()
+        .all()
+    )
     assert Path("a/figure.png").stat().st_size > 20_000 and "closed form" in capsys.readouterr().out
     assert not list(Path("a").glob("*.partial"))
-    run("--out", "a", "--quantity", "0.1", "--lam-distribution", "uniform-period", "--resume")  # finished: the table again
+    run(
+        "--out", "a", "--quantity", "0.1", "--lam-distribution", "uniform-period", "--resume"
+    )  # finished: the table again
     assert json.loads(Path("a/table.json").read_text())["rows"] == table["rows"]
 
 
@@ -91,14 +124,25 @@ def runpy_main(script, *flags):
         sys.argv = argv
 
 
-@pytest.mark.parametrize("flags, period", [(("--compression", "none"), 20), (("--compression", "average2"), 40),
-                                           (("--compression", "average4"), 80), (("--lam", "0.5"), None)])
+@pytest.mark.parametrize(
+    "flags, period",
+    [
+        (("--compression", "none"), 20),
+        (("--compression", "average2"), 40),
+        (("--compression", "average4"), 80),
+        (("--lam", "0.5"), None),
+    ],
+)
 def test_single_rate_peers(run, flags, period):
     run("--out", "peer", "--steps", "2", *flags)
     (row,) = json.loads(Path("peer/table.json").read_text())["rows"]
     assert row["closed_form_ms"] == pytest.approx(period or row["period_ms"], rel=0.06)
-    assert row["period_ms"] == pytest.approx(row["closed_form_ms"], rel=0.12)  # the last token of two short utterances
-    assert OFAEncoder.from_checkpoint("peer/encoder.pt").config.compression == (flags[1] if "--compression" in flags else "cif")
+    assert row["period_ms"] == pytest.approx(
+        row["closed_form_ms"], rel=0.12
+    )  # the last token of two short utterances
+    assert OFAEncoder.from_checkpoint("peer/encoder.pt").config.compression == (
+        flags[1] if "--compression" in flags else "cif"
+    )
 
 
 def test_a_hundred_steps_teach_more_than_a_constant_answer(run, capsys, monkeypatch):
@@ -110,21 +154,28 @@ def test_a_hundred_steps_teach_more_than_a_constant_answer(run, capsys, monkeypa
     assert losses[0] < 0.9 * table["constant"][0] and losses[4] < table["constant"][0]
 
     forward = MFCCTeacher.forward
+
     def shuffled(self, waveforms, lengths):
         (target,) = forward(self, waveforms, lengths)
         for row, n in zip(target, (frames_of(n) for n in lengths.tolist())):
             row[:n] = row[torch.randperm(n)]
         return [target]
+
     monkeypatch.setattr(MFCCTeacher, "forward", shuffled)
-    with pytest.raises(SystemExit, match="has learned nothing: its held-out loss at λ = 0 is 1.*one constant answer gets"):
+    with pytest.raises(
+        SystemExit,
+        match="has learned nothing: its held-out loss at λ = 0 is 1.*one constant answer gets",
+    ):
         runpy_main("pretrain.py", *run.flags, *flags, "--out", "shuffled")
     assert Path("shuffled/encoder.pt").exists()
 
 
 def test_the_best_constant_answer_by_hand(folder):
     """Against the definition, on all frames at once; padding and batches make no difference."""
-    speech, teacher = load(str(folder)).few(7), load_teacher("mfcc")
-    rows = torch.cat([teacher(speech[i][None], torch.tensor([len(speech[i])]))[0][0] for i in range(7)]).numpy()
+    speech, teacher = load(str(folder)).subset(7), load_teacher("mfcc")
+    rows = torch.cat(
+        [teacher(speech[i][None], torch.tensor([len(speech[i])]))[0][0] for i in range(7)]
+    ).numpy()
     mean = rows.mean(0)
     cosine = rows @ mean / (np.linalg.norm(rows, axis=1) * np.linalg.norm(mean))
     expected = np.abs(rows - mean).mean() + np.log(1 + np.exp(-cosine)).mean()
@@ -147,9 +198,11 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(run, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], dropout=0.1))
     run("--out", "straight", "--save-every", "3")
     save = pretrain.save
+
     def stop_after_saving(content, path):
         save(content, path)
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pretrain, "save", stop_after_saving)
         run("--out", "stopped", "--save-every", "3")
@@ -163,10 +216,12 @@ def test_parts_of_a_batch_add_up(run, monkeypatch):
     Adam turns the last digit of a gradient near zero into a step of full size.)"""
     gradients = {}
     clip = pretrain.nn.utils.clip_grad_norm_
+
     def keep(parameters, norm):
         parameters = list(parameters)
         gradients[out] = torch.cat([p.grad.flatten() for p in parameters])
         return clip(parameters, norm)
+
     monkeypatch.setattr(pretrain.nn.utils, "clip_grad_norm_", keep)
     for out, parts in (("whole", "1"), ("parts", "2"), ("crumbs", "12")):  # in 12, some are empty
         run("--out", out, "--steps", "1", "--accumulate", parts)
@@ -177,7 +232,9 @@ def test_parts_of_a_batch_add_up(run, monkeypatch):
 SPY = """
 # pretrain.py as it is; this process notes what it hears and at which λ, and the files that it writes. Rank 1 can be made to die.
 import json, os, runpy, signal, sys
-import boundaries, data, ofa_encoder  # before data.loader is replaced: boundaries reads sound too
+from parts import boundaries
+from parts import data
+import ofa_encoder  # before data.loader is replaced: boundaries reads sound too
 
 script, log, dies_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 sys.argv = [script, *sys.argv[4:]]
@@ -223,38 +280,95 @@ def test_two_processes_train_as_one_and_one_that_dies_ends_the_job(run, folder, 
     Path("spy.py").write_text(SPY)
 
     def start(log, dies_at, *more):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "spy.py",
-                               str(REPO / "pretrain.py"), log, str(dies_at), *run.flags, *flags, "--accumulate", "2", "--out", "two", *more],
-                              capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)})
-        notes = [[json.loads(line) for line in Path(f"{log}{rank}").read_text().splitlines()] for rank in (0, 1)]
-        notes = [[(what, value) for what, value in rank if what != "heard" or trained >= set(value)] for rank in notes]
-        return done, [{what: [value for w, value in rank if w == what] for what in ("heard", "lam", "wrote")} for rank in notes]
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+                "spy.py",
+                str(REPO / "pretrain.py"),
+                log,
+                str(dies_at),
+                *run.flags,
+                *flags,
+                "--accumulate",
+                "2",
+                "--out",
+                "two",
+                *more,
+            ],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
+        )
+        notes = [
+            [json.loads(line) for line in Path(f"{log}{rank}").read_text().splitlines()]
+            for rank in (0, 1)
+        ]
+        notes = [
+            [(what, value) for what, value in rank if what != "heard" or trained >= set(value)]
+            for rank in notes
+        ]
+        return done, [
+            {what: [value for w, value in rank if w == what] for what in ("heard", "lam", "wrote")}
+            for rank in notes
+        ]
 
     done, before = start("before", 18)
-    assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr and "[rank0]: Traceback" not in done.stderr
+    assert (
+        done.returncode != 0
+        and "Signal 9 (SIGKILL)" in done.stderr
+        and "[rank0]: Traceback" not in done.stderr
+    )
     assert load_checkpoint("two/checkpoint.pt")["step"] == 2 and len(before[1]["lam"]) == 19
     done, after = start("after", -1, "--resume")
     assert done.returncode == 0 or "has learned nothing" in done.stderr, done.stderr[-2000:]
-    assert done.stdout.count("closed form") == 1          # only rank 0 reports
+    assert done.stdout.count("closed form") == 1  # only rank 0 reports
     one, two = weights("one/checkpoint.pt"), weights("two/checkpoint.pt")
     # Adam turns the last digit of a gradient near zero into a step of full size, so a few weights may differ by that.
     apart = torch.cat([(one[k] - v).flatten() for k, v in two.items()])
-    assert apart.square().mean().sqrt() < 0.1 * 1e-4      # a tenth of one step
+    assert apart.square().mean().sqrt() < 0.1 * 1e-4  # a tenth of one step
 
-    lams, heard = ([before[rank][what][: 4 if what == "heard" else 12] + after[rank][what] for rank in (0, 1)] for what in ("lam", "heard"))  # in steps that counted
-    args = SimpleNamespace(seed=0, lam=None, lams_per_step=3, lam_max=1.6, lam_distribution="uniform")
-    assert lams[0] == lams[1] == sum((2 * draw_lams(args, step, 0.2) for step in range(len(epoch))), [])
-    assert [] in heard[1] and sorted(sum(heard[0] + heard[1], [])) == sorted(u.id for u in train.utterances)
-    wrote = [{Path(path).name.split(".")[0] for path in rank["wrote"] if path.startswith(str(tmp_path))} for rank in after]
+    lams, heard = (
+        [before[rank][what][: 4 if what == "heard" else 12] + after[rank][what] for rank in (0, 1)]
+        for what in ("lam", "heard")
+    )  # in steps that counted
+    args = SimpleNamespace(
+        seed=0, lam=None, lams_per_step=3, lam_max=1.6, lam_distribution="uniform"
+    )
+    assert (
+        lams[0]
+        == lams[1]
+        == sum((2 * draw_lams(args, step, 0.2) for step in range(len(epoch))), [])
+    )
+    assert [] in heard[1] and sorted(sum(heard[0] + heard[1], [])) == sorted(
+        u.id for u in train.utterances
+    )
+    wrote = [
+        {Path(path).name.split(".")[0] for path in rank["wrote"] if path.startswith(str(tmp_path))}
+        for rank in after
+    ]
     assert wrote == [{"checkpoint", "encoder", "table", "figure"}, set()]
 
 
 def test_the_death_of_another_process_is_told_from_a_bug(run, monkeypatch):
     """Of the message that the others end with, if torchrun leaves them the time."""
-    for message, end, words in (("[/gloo/transport/tcp/pair.cc:545] Connection reset by peer", SystemExit, "another process has died"),
-                                ("shapes do not fit", RuntimeError, "shapes do not fit")):
+    for message, end, words in (
+        (
+            "[/gloo/transport/tcp/pair.cc:545] Connection reset by peer",
+            SystemExit,
+            "another process has died",
+        ),
+        ("shapes do not fit", RuntimeError, "shapes do not fit"),
+    ):
+
         def stop(*arguments, **more):
             raise RuntimeError(message)
+
         monkeypatch.setattr(data, "load", stop)
         with pytest.raises(end, match=words):
             runpy_main("pretrain.py", *run.flags, "--out", "new")
@@ -266,13 +380,39 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(run):
     kills = 20 if settings.get_current_profile_name() == "fuzz" else 3
     flags = ["--steps", str(6 * kills), "--save-every", "1"]
     run("--out", "straight", *flags)
-    command = [sys.executable, str(REPO / "pretrain.py"), *run.flags, *flags, "--out", "killed", "--resume"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    chance, checkpoint, boot, steps, half_written = random.Random(0), Path("killed/checkpoint.pt"), 0, [], 0
+    command = [
+        sys.executable,
+        str(REPO / "pretrain.py"),
+        *run.flags,
+        *flags,
+        "--out",
+        "killed",
+        "--resume",
+    ]
+    quiet = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+    }
+    chance, checkpoint, boot, steps, half_written = (
+        random.Random(0),
+        Path("killed/checkpoint.pt"),
+        0,
+        [],
+        0,
+    )
     for kill in range(kills):
         process, began = subprocess.Popen(command, **quiet), time.time()
-        partial, there, writes = checkpoint.with_name(f"{checkpoint.name}.{process.pid}.partial"), False, 0
-        wanted, moment = (chance.randint(1, 3), math.inf) if kill % 2 == 0 else (math.inf, chance.uniform(0.3, 1.5) * boot)
+        partial, there, writes = (
+            checkpoint.with_name(f"{checkpoint.name}.{process.pid}.partial"),
+            False,
+            0,
+        )
+        wanted, moment = (
+            (chance.randint(1, 3), math.inf)
+            if kill % 2 == 0
+            else (math.inf, chance.uniform(0.3, 1.5) * boot)
+        )
         while process.poll() is None and writes < wanted and time.time() - began < moment:
             time.sleep(0.001)
             before, there = there, partial.exists()
@@ -280,9 +420,13 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(run):
             boot = boot or there * (time.time() - began)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        steps.append(load_checkpoint(checkpoint)["step"] if checkpoint.exists() else 0)  # never a corrupt one
+        steps.append(
+            load_checkpoint(checkpoint)["step"] if checkpoint.exists() else 0
+        )  # never a corrupt one
         half_written += partial.exists()
-    print(f"killed {kills} times, at steps {steps} of {6 * kills}; {half_written} times a half-written file was left")
+    print(
+        f"killed {kills} times, at steps {steps} of {6 * kills}; {half_written} times a half-written file was left"
+    )
     assert half_written and steps == sorted(steps) and steps[-1] < 6 * kills
     run("--out", "killed", *flags, "--resume")
     assert_same("straight", "killed")
@@ -292,15 +436,19 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(run):
 def test_what_cannot_be_written_leaves_the_last_checkpoint(run, unwritable, monkeypatch):
     run("--out", "straight", "--save-every", "2")
     save, saved = pretrain.save, []
+
     def full_at_the_second(content, path):
         saved.append(path)
         with unwritable(path.parent) if len(saved) == 2 else nullcontext():
             save(content, path)
+
     message = r"stopped/checkpoint.pt could not be written \(.*(too large|denied).*was there before is intact"
     with monkeypatch.context() as patch, pytest.raises(OSError, match=message):
         patch.setattr(pretrain, "save", full_at_the_second)
         run("--out", "stopped", "--save-every", "2")
-    assert load_checkpoint("stopped/checkpoint.pt")["step"] == 2 and [p.name for p in Path("stopped").iterdir()] == ["checkpoint.pt"]
+    assert load_checkpoint("stopped/checkpoint.pt")["step"] == 2 and [
+        p.name for p in Path("stopped").iterdir()
+    ] == ["checkpoint.pt"]
     run("--out", "stopped", "--save-every", "2", "--resume")
     assert_same("straight", "stopped")
 
@@ -315,11 +463,37 @@ def test_memory_does_not_grow_with_the_corpus(folder, tmp_path):
         (tmp_path / f"{count}").mkdir()
         for n in range(count):
             (tmp_path / f"{count}/{n}.wav").symlink_to(tmp_path / "second.wav")
-        process = subprocess.Popen([sys.executable, str(REPO / "pretrain.py"), "--data", f"{count}", "--root", "root", "--out", f"out-{count}",
-                                    "--workers", "1", "--steps", "4", "--batch-seconds", "8", "--lam", "0.5", "--device", "cpu"],
-                                   cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                str(REPO / "pretrain.py"),
+                "--data",
+                f"{count}",
+                "--root",
+                "root",
+                "--out",
+                f"out-{count}",
+                "--workers",
+                "1",
+                "--steps",
+                "4",
+                "--batch-seconds",
+                "8",
+                "--lam",
+                "0.5",
+                "--device",
+                "cpu",
+            ],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         _, status, used = os.wait4(process.pid, 0)
-        assert os.waitstatus_to_exitcode(status) in (0, 1) and Path(tmp_path, f"out-{count}/table.json").exists()
+        assert (
+            os.waitstatus_to_exitcode(status) in (0, 1)
+            and Path(tmp_path, f"out-{count}/table.json").exists()
+        )
         peaks.append(used.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
     print(f"peak memory: {peaks[0]:.0f} MB with 240 files, {peaks[1]:.0f} MB with 2,400")
     assert peaks[1] < peaks[0] + 30
@@ -328,6 +502,7 @@ def test_memory_does_not_grow_with_the_corpus(folder, tmp_path):
 def test_evaluation_does_not_keep_what_it_has_heard(asterisk, monkeypatch):
     """No more than three batches are in memory at once: this one, the one before, and the sample on which work is counted."""
     arrays, most = [], []
+
     def watched_loader(speech, plan):
         for used, waveforms, lengths in loader(speech, plan):
             array = waveforms.numpy().copy()
@@ -335,8 +510,9 @@ def test_evaluation_does_not_keep_what_it_has_heard(asterisk, monkeypatch):
             most.append(sum(a() is not None for a in arrays))
             waveforms, array = torch.from_numpy(array), None
             yield used, waveforms, lengths
+
     monkeypatch.setattr(pretrain, "loader", watched_loader)
-    few = asterisk.few(160)
+    few = asterisk.subset(160)
     evaluate(Distiller(OFAEncoder(PRESETS["tiny"]), [39]), load_teacher("mfcc"), few, (1.0,), "cpu")
     assert len(arrays) == len(by_length(few)) + 1 > 5 and max(most) <= 3
 
@@ -345,7 +521,9 @@ def test_guidance_by_hand():
     alpha = torch.tensor([[0.6, 0.5, 0.25, 9.0]])
     pseudo, number = torch.tensor([[0.5, 0.5, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0, 0.0]])
     frame, segment = guidance(alpha, pseudo, number)  # the fourth frame is padding
-    assert frame.item() == pytest.approx(0.1 + 0 + 0.75) and segment.item() == pytest.approx(abs(1.1 - 1) + abs(1.35 - 2))
+    assert frame.item() == pytest.approx(0.1 + 0 + 0.75) and segment.item() == pytest.approx(
+        abs(1.1 - 1) + abs(1.35 - 2)
+    )
 
 
 @torch.no_grad()
@@ -359,10 +537,15 @@ def test_distillation_loss_is_the_formula(asterisk):
     for b, s in ((0, 0), (0, 7), (1, 11)):
         p, h = predicted[b, s].numpy(), target[b, s].numpy()
         cosine = p @ h / (np.linalg.norm(p) * np.linalg.norm(h))
-        assert losses[0, b, s].item() == pytest.approx(np.abs(p - h).mean() + math.log(1 + math.exp(-cosine)), rel=1e-4)
+        assert losses[0, b, s].item() == pytest.approx(
+            np.abs(p - h).mean() + math.log(1 + math.exp(-cosine)), rel=1e-4
+        )
     assert torch.equal(covered > 0, torch.arange(covered.shape[1]) < out.frames[:, None])
     # At λ = 1.9 a tail that fires no token is not covered.
-    assert 0.5 < at_the_end[0, : out.frames[0]].mean() <= 1 + 1e-6 and not at_the_end[1, out.frames[1]:].any()
+    assert (
+        0.5 < at_the_end[0, : out.frames[0]].mean() <= 1 + 1e-6
+        and not at_the_end[1, out.frames[1] :].any()
+    )
 
 
 def test_dropping_a_tail_is_not_rewarded(asterisk):
@@ -370,18 +553,36 @@ def test_dropping_a_tail_is_not_rewarded(asterisk):
     torch.manual_seed(0)
     distiller = Distiller(OFAEncoder(PRESETS["tiny"]), [39])
     waveforms, lengths = pad([asterisk[3], asterisk[500]])
-    ((out, losses, covered),) = distiller(waveforms, lengths, load_teacher("mfcc")(waveforms, lengths), [1.0])
+    ((out, losses, covered),) = distiller(
+        waveforms, lengths, load_teacher("mfcc")(waveforms, lengths), [1.0]
+    )
     assert out.fired.width.requires_grad and losses.requires_grad and not covered.requires_grad
 
 
 def test_lams_are_drawn_as_asked():
-    args = SimpleNamespace(seed=1, lam=None, lams_per_step=1, lam_max=1.5, lam_distribution="uniform")
+    args = SimpleNamespace(
+        seed=1, lam=None, lams_per_step=1, lam_max=1.5, lam_distribution="uniform"
+    )
     drawn = [lam for step in range(2000) for lam in draw_lams(args, step, 0.22)]
-    assert 0 <= min(drawn) < 0.01 and 1.49 < max(drawn) <= 1.5 and np.mean(drawn) == pytest.approx(0.75, abs=0.03)
-    assert drawn[:3] == [draw_lams(args, step, 0.22)[0] for step in range(3)] != [draw_lams(args, step + 1, 0.22)[0] for step in range(3)]
+    assert (
+        0 <= min(drawn) < 0.01
+        and 1.49 < max(drawn) <= 1.5
+        and np.mean(drawn) == pytest.approx(0.75, abs=0.03)
+    )
+    assert (
+        drawn[:3]
+        == [draw_lams(args, step, 0.22)[0] for step in range(3)]
+        != [draw_lams(args, step + 1, 0.22)[0] for step in range(3)]
+    )
     args.lams_per_step = 3
-    drawn = np.array([draw_lams(args, step, 0.22) for step in range(2000)])  # 0, then one from each half
-    assert (drawn[:, 0] == 0).all() and drawn[:, 1].max() <= 0.75 <= drawn[:, 2].min() and drawn.max() <= 1.5
+    drawn = np.array(
+        [draw_lams(args, step, 0.22) for step in range(2000)]
+    )  # 0, then one from each half
+    assert (
+        (drawn[:, 0] == 0).all()
+        and drawn[:, 1].max() <= 0.75 <= drawn[:, 2].min()
+        and drawn.max() <= 1.5
+    )
     assert drawn.mean(0) == pytest.approx([0, 0.375, 1.125], abs=0.03)
     args.lams_per_step, args.lam_distribution = 1, "uniform-period"
     periods = [period_from_lam(draw_lams(args, step, 0.22)[0], 0.22) for step in range(2000)]
@@ -406,26 +607,41 @@ def test_flops_are_those_of_the_formula():
     c, T = encoder.config, 99  # two seconds
     layer = 2 * T * (4 * c.dim**2 + 2 * c.dim * c.ff) + 4 * T**2 * c.dim
     positions = 2 * (T + 1) * c.dim * c.dim // 16 * c.pos_kernel
-    assert transformer_gflops(encoder, [torch.randn(32_000)] * 2, 0.0) == pytest.approx((c.layers * layer + positions) / 2e9, rel=0.01)
+    assert transformer_gflops(encoder, [torch.randn(32_000)] * 2, 0.0) == pytest.approx(
+        (c.layers * layer + positions) / 2e9, rel=0.01
+    )
 
 
 def test_non_finite_loss_stops_with_its_cause(run, monkeypatch):
     real = pretrain.load_teacher
+
     def poisoned(*a):
         teacher = real(*a)
         forward = teacher.forward
-        teacher.forward = lambda *b: [t * (math.nan if counter.append(0) or len(counter) > 7 else 1) for t in forward(*b)]
+        teacher.forward = lambda *b: [
+            t * (math.nan if counter.append(0) or len(counter) > 7 else 1) for t in forward(*b)
+        ]
         return teacher
+
     counter = []  # calls: the fingerprint, two steps, held-out evaluation, two steps, evaluation again; then step 4
     run("--out", "warm", "--steps", "1")  # finds the boundaries
     monkeypatch.setattr(pretrain, "load_teacher", poisoned)
-    with pytest.raises(FloatingPointError, match=r"step 4, λ = .*utterances \['.*\.wav'.*last good checkpoint"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 4, λ = .*utterances \['.*\.wav'.*last good checkpoint"
+    ):
         run("--out", "bad", "--save-every", "2")
     content = load_checkpoint("bad/checkpoint.pt")
     assert content["step"] == 4 and all(v.isfinite().all() for v in content["encoder"].values())
 
 
 def test_nan_in_alpha_stops_with_its_cause(run, monkeypatch):
-    monkeypatch.setattr(pretrain, "initialise", lambda encoder, teacher: encoder.alpha_predictor.linear.bias.data.fill_(math.nan).numel())
-    with pytest.raises(FloatingPointError, match=r"step 0, λ = .*: alpha .*NaN.*, utterances \['.*\.wav'.*there is no checkpoint yet"):
+    monkeypatch.setattr(
+        pretrain,
+        "initialise",
+        lambda encoder, teacher: encoder.alpha_predictor.linear.bias.data.fill_(math.nan).numel(),
+    )
+    with pytest.raises(
+        FloatingPointError,
+        match=r"step 0, λ = .*: alpha .*NaN.*, utterances \['.*\.wav'.*there is no checkpoint yet",
+    ):
         run("--out", "bad")

@@ -21,12 +21,17 @@ def test_python_blocks_run(folder, tmp_path, monkeypatch, capsys):
         exec(block, values)
     assert values["out"].frame_period() == pytest.approx(60, rel=0.15)
     assert values["fired"].tokens.flatten().tolist() == [1.5, 3.0, 5.0]
-    assert values["out"].lengths.item() == values["out"].fired.fire_times.shape[1] and "a token every" in capsys.readouterr().out
+    assert (
+        values["out"].lengths.item() == values["out"].fired.fire_times.shape[1]
+        and "a token every" in capsys.readouterr().out
+    )
 
 
 def test_numbers_are_those_of_the_results():
     found = re.findall(r"\d+\.\d+ ± \d+\.\d+", README)
-    assert len(found) >= 10 and not set(found) - set(re.findall(r"\d+\.\d+ ± \d+\.\d+", (REPO / "results/results.md").read_text()))
+    assert len(found) >= 10 and not set(found) - set(
+        re.findall(r"\d+\.\d+ ± \d+\.\d+", (REPO / "results/results.md").read_text())
+    )
 
 
 def test_table_of_files():

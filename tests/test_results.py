@@ -7,17 +7,31 @@ from pathlib import Path
 
 import pytest
 
-import results
+from extras import results
 
-REPO = Path(results.__file__).parent
+REPO = Path(__file__).parent.parent
 
 
 def point(folder, model, task, test, period, seed=0, features="encoder", **config):
     metric = {"ctc": "CER", "seq2seq": "WER", "pool": "mAP"}[task]
     (folder / model).mkdir(exist_ok=True)
-    content = {"config": {"task": task, "features": features, "seed": seed, **config}, "metric": metric, "test": test, "valid": test, "frame_period_ms": period,
-               "transformer_gflops_per_s": 2 / period, "epochs": 2, "best_epoch": 2, "train_s": 30.0, "infeasible_test": 5, "test_utterances": 50, "lam": 0.7,
-               "search": [{"lam": 0.6, "valid": 9.0}, {"lam": 0.7, "valid": test}], "machine": "m", "date": "2026-01-01"}
+    content = {
+        "config": {"task": task, "features": features, "seed": seed, **config},
+        "metric": metric,
+        "test": test,
+        "valid": test,
+        "frame_period_ms": period,
+        "transformer_gflops_per_s": 2 / period,
+        "epochs": 2,
+        "best_epoch": 2,
+        "train_s": 30.0,
+        "infeasible_test": 5,
+        "test_utterances": 50,
+        "lam": 0.7,
+        "search": [{"lam": 0.6, "valid": 9.0}, {"lam": 0.7, "valid": test}],
+        "machine": "m",
+        "date": "2026-01-01",
+    }
     (folder / model / f"{len(list(folder.glob('*/*')))}.json").write_text(json.dumps(content))
 
 
@@ -37,8 +51,14 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     assert "| once-for-all | 0.0 | 20.0 | 0.100 | 40.5 ± 0.7 | 2 | 2 | 10 % |" in text
     # Between 40.5 at 20 ms and 50.5 at 40 ms lies 45.5 at 30 ms: one worse than the peer's 44.5 as an error rate, one better as mAP.
     assert "| average of 2, 30 ms | -1.0 ± 1.0 | -1.0 ± 1.0 | +1.0 ± 1.0 |" in text
-    assert "| characters (CTC) | 0.1 | defaults | 2 | 0.70 ± 0.00 | 27 | 41.5 ± 0.7 | 40.5 ± 0.7 at 0 | -1.0 | 0.5 | 1.0 |" in text
-    assert "| concepts (pooling) | 0.1 | defaults | 2 | 0.70 ± 0.00 | 27 | 41.5 ± 0.7 | 50.5 ± 0.7 at 1 | -9.0 | 0.5 | 1.0 |" in text
+    assert (
+        "| characters (CTC) | 0.1 | defaults | 2 | 0.70 ± 0.00 | 27 | 41.5 ± 0.7 | 40.5 ± 0.7 at 0 | -1.0 | 0.5 | 1.0 |"
+        in text
+    )
+    assert (
+        "| concepts (pooling) | 0.1 | defaults | 2 | 0.70 ± 0.00 | 27 | 41.5 ± 0.7 | 50.5 ± 0.7 at 1 | -9.0 | 0.5 | 1.0 |"
+        in text
+    )
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("tradeoff.png", "lambda.png"))
 
 
@@ -53,4 +73,6 @@ def test_committed_tables_are_those_of_the_committed_points(tmp_path, monkeypatc
     shutil.copytree(REPO / "results", tmp_path / "results")
     monkeypatch.setattr(sys, "argv", ["results.py", str(tmp_path / "results")])
     results.main()
-    assert (tmp_path / "results/results.md").read_text() == (REPO / "results/results.md").read_text(), "run `python results.py`"
+    assert (tmp_path / "results/results.md").read_text() == (
+        REPO / "results/results.md"
+    ).read_text(), "run `python results.py`"

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import streaming
 from cif import cif
+from extras import streaming
+from extras.streaming import finish, start, step
 from ofa_encoder import OFAEncoder, modify_alpha
-from streaming import finish, start, step
 
 
 def stream(x, alpha, cuts, threshold=1.0, tail_threshold=0.5, lengths=None):
@@ -18,7 +18,9 @@ def stream(x, alpha, cuts, threshold=1.0, tail_threshold=0.5, lengths=None):
     lengths = torch.full((B,), S) if lengths is None else lengths
     state, tokens, times = start(x), [[] for _ in range(B)], [[] for _ in range(B)]
     for a, b in zip([0, *cuts], [*cuts, S]):
-        out, n, at, state = step(x[:, a:b], alpha[:, a:b], state, (lengths - a).clamp(0, b - a), threshold=threshold)
+        out, n, at, state = step(
+            x[:, a:b], alpha[:, a:b], state, (lengths - a).clamp(0, b - a), threshold=threshold
+        )
         assert not out[torch.arange(out.shape[1]) >= n[:, None]].any()
         for i in range(B):
             tokens[i] += list(out[i, : n[i]])
@@ -40,23 +42,39 @@ def check(x, alpha, cuts, lengths=None, **how):
         if n:
             mine = torch.stack(tokens[i])
             torch.testing.assert_close(mine, whole.tokens[i, :n], atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(torch.tensor(times[i]), whole.fire_times[i, :n], atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(
+                torch.tensor(times[i]), whole.fire_times[i, :n], atol=1e-4, rtol=1e-5
+            )
 
 
-@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 40), st.sampled_from([0.1, 0.5, 1.0, 2.5]), st.sampled_from([0.5, 1.0, 1.5]),
-       st.sampled_from([None, 0.0, 0.5, 1.0]), st.sampled_from([1 / 8, None]), st.data())
-def test_any_chunking_gives_the_tokens_of_the_whole(seed, B, S, size, threshold, tail_threshold, grid, data):
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 4),
+    st.integers(1, 40),
+    st.sampled_from([0.1, 0.5, 1.0, 2.5]),
+    st.sampled_from([0.5, 1.0, 1.5]),
+    st.sampled_from([None, 0.0, 0.5, 1.0]),
+    st.sampled_from([1 / 8, None]),
+    st.data(),
+)
+def test_any_chunking_gives_the_tokens_of_the_whole(
+    seed, B, S, size, threshold, tail_threshold, grid, data
+):
     """α with zeros, above 1, and (grid) of eighths, whose sums fall on token ends; chunks may be empty for some utterances."""
     g = torch.Generator().manual_seed(seed)
     x, alpha = torch.randn(B, S, 3, generator=g), torch.rand(B, S, generator=g) * 2 * size
-    alpha = (alpha / grid).round() * grid if grid else alpha.masked_fill(torch.rand(B, S, generator=g) < 0.2, 0)
+    alpha = (
+        (alpha / grid).round() * grid
+        if grid
+        else alpha.masked_fill(torch.rand(B, S, generator=g) < 0.2, 0)
+    )
     lengths = torch.randint(1, S + 1, (B,), generator=g)
     cuts = sorted(data.draw(st.sets(st.integers(1, S - 1), max_size=6))) if S > 1 else []
     check(x, alpha, cuts, lengths, threshold=threshold, tail_threshold=tail_threshold)
 
 
 def test_frame_by_frame_on_real_speech(asterisk):
-    encoder = OFAEncoder.from_checkpoint(Path(streaming.__file__).parent / "checkpoints/ofa-tiny.pt")
+    encoder = OFAEncoder.from_checkpoint(Path(__file__).parent.parent / "checkpoints/ofa-tiny.pt")
     with torch.no_grad():
         x, frames = encoder.features(asterisk[0][None], torch.tensor([len(asterisk[0])]))
         for lam in (0.0, 0.5, 1.2):

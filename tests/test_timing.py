@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import timing
-from timing import interleaved, peak_bytes
+from extras import timing
+from extras.timing import interleaved, peak_bytes
 
 CPU = torch.device("cpu")
 
@@ -22,10 +22,13 @@ def test_median_without_warm_up_each_round_in_another_order(monkeypatch):
             order.append(name)
             interrupted = order.count(name) == 5
             now += first.pop(name, 50.0 if interrupted else usual)
+
         return call
 
     assert interleaved({"a": takes("a", 1.0), "b": takes("b", 2.0)}, 9, CPU) == {"a": 1.0, "b": 2.0}
-    rounds = [tuple(order[k : k + 2]) for k in range(4, len(order), 2)]  # after warm-up, and the call that says how many in a row
+    rounds = [
+        tuple(order[k : k + 2]) for k in range(4, len(order), 2)
+    ]  # after warm-up, and the call that says how many in a row
     assert len(rounds) == 9 and set(rounds) == {("a", "b"), ("b", "a")}
 
 

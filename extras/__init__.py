@@ -1,0 +1,1 @@
+"""What the stages do not need: nothing outside this folder imports it."""
