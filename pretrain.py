@@ -4,13 +4,14 @@ The student turns a batch into frames once, and encodes them at K values of λ, 
 shortens the sequence differently. `expand` spreads the last hidden states back over the frames,
 and one linear head for each distilled layer predicts the teacher's vectors h there:
 
-    waveforms (B, samples) ─ CNN ─ frames (B, S, C) ─┬─ encode at λ_1 ─ (B, T_1, D) ─ expand ─┐
-                                                     ├─ encode at λ_2 ─ (B, T_2, D) ─ expand ─┼─ heads
-                                                     └─ …                                     ┘
+    waveforms ─── CNN ─── frames ──┬── encode at λ_1 ── (B, T_1, D) ── expand ──┐
+    (B, samples)         (B, S, C) ├── encode at λ_2 ── (B, T_2, D) ── expand ──┼── heads
+                                   └── …                                        ┘
+
     loss = mean over λ of Σ_layers mean over frames of  |ĥ - h|₁ / D - log σ(cos(ĥ, h))
-         + 0.5  · mean over frames of    |α_s - pseudo-α_s|              frame guidance
-         + 0.05 · mean over segments of  |α_1 + … + α_e(i) - i|          segment i ends at frame e(i)
-         + q    · mean over utterances of |mean α - target|              quantity, optional
+         + 0.5  · mean over frames of    |α_s - pseudo-α_s|            guidance by frames
+         + 0.05 · mean over segments of  |α_1 + … + α_e(i) - i|        segment i ends at frame e(i)
+         + q    · mean over utterances of |mean α - target|            quantity, optional
 
 The first line is DistilHuBERT's loss, the next two are once-for-all's. Guidance acts on α *before*
 λ changes it: one unit of mass for each segment is what λ then scales, whatever λ was drawn.
@@ -34,6 +35,9 @@ one batch: the sandwich rule of Yu and Huang, "Universally slimmable networks", 
     torchrun --nproc-per-node 8 pretrain.py --preset base --teacher hubert_base --data librispeech:…
 """
 
+import parts  # noqa: F401  before torch: it sets how the threads of torch wait
+
+# isort: split
 import argparse
 import json
 import os
@@ -53,7 +57,6 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, logsigmoid
 from tqdm import tqdm
 
-import parts  # isort: split  # noqa: F401  before torch: it sets how torch's threads wait
 from cif import expand
 from ofa_encoder import (
     COMPRESSIONS,
@@ -563,14 +566,14 @@ def report(args, place, model, teacher, test) -> str:
         memory_gb /= 1000
     print_table(rows, mean_alpha, teacher.layers, constant)
     print(f"most memory held at once: {memory_gb:.2f} GB")
-    processor = platform.processor() or platform.machine()
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     table = {
         "rows": rows,
         "constant": constant,
         "mean_alpha": mean_alpha,
         "memory_gb": memory_gb,
         "args": vars(args),
-        "machine": f"{processor}, {os.cpu_count()} cores, {place.device}, torch {torch.__version__}",
+        "machine": f"{machine}, {place.device}, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
     }
     (out / "table.json").write_text(json.dumps(table, indent=1))

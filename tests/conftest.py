@@ -23,7 +23,7 @@ def asterisk():
 
 @pytest.fixture(scope="session")
 def folder(asterisk, tmp_path_factory):
-    """Forty real prompts of about a second each as wav files: a corpus on which a run takes seconds."""
+    """Forty real prompts of about a second each, as wav files: a run on them takes seconds."""
     path = tmp_path_factory.mktemp("forty")
     for i in sorted(
         range(len(asterisk)), key=lambda i: abs(asterisk.utterances[i].samples - 16_000)
@@ -35,7 +35,8 @@ def folder(asterisk, tmp_path_factory):
 
 @pytest.fixture(params=["disk is full", "folder is read-only"])
 def unwritable(request):
-    """with unwritable(folder): nothing of more than 1,000 bytes can be written, or nothing at all into folder. The kernel refuses."""
+    """Within unwritable(folder) the kernel refuses to write more than 1,000 bytes anywhere, or
+    anything into folder."""
 
     @contextmanager
     def unwritable(folder):

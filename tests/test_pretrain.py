@@ -1,4 +1,5 @@
-"""pretrain.py on forty real prompts: what a run leaves, resuming, dealing batches out, kills, full disks, memory."""
+"""pretrain.py on forty real prompts: what a run leaves, what it learns, resuming, dealing batches
+out, kills, full disks, memory."""
 
 import json
 import math
@@ -40,7 +41,7 @@ REPO = Path(__file__).parent.parent
 
 @contextmanager
 def suppress_nothing_learned():
-    """Six steps teach next to nothing. pretrain.py says so at its end, when all files are written."""
+    """Six steps teach next to nothing. pretrain.py says so at its end, with all files written."""
     try:
         yield
     except ValueError as error:
@@ -146,7 +147,7 @@ def test_single_rate_peers(run, flags, period):
 
 
 def test_a_hundred_steps_teach_more_than_a_constant_answer(run, capsys, monkeypatch):
-    """And a teacher whose vectors lie at other times than the sound's can't be learned from: the run says so."""
+    """From a teacher whose vectors were shuffled over time nothing can be learned: it says so."""
     flags = ("--steps", "100", "--lr", "2e-3")
     run("--out", "learned", *flags)
     table = json.loads(Path("learned/table.json").read_text())
@@ -212,8 +213,10 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(run, monkeypatch):
 
 
 def test_parts_of_a_batch_add_up(run, monkeypatch):
-    """The gradient of a step does not depend on the parts in which its batch was taken. (Weights would not do:
-    Adam turns the last digit of a gradient near zero into a step of full size.)"""
+    """The gradient of a step does not depend on the parts in which its batch was taken.
+
+    Weights would not do: Adam turns the last digit of a gradient near zero into a full step.
+    """
     gradients = {}
     clip = pretrain.nn.utils.clip_grad_norm_
 
@@ -230,20 +233,27 @@ def test_parts_of_a_batch_add_up(run, monkeypatch):
 
 
 SPY = """
-# pretrain.py as it is; this process notes what it hears and at which λ, and the files that it writes. Rank 1 can be made to die.
+# Runs pretrain.py as it is. This process notes which utterances it reads, at which λ it encodes,
+# and which files it writes. Rank 1 can be made to die.
 import json, os, runpy, signal, sys
-from parts import boundaries
+from parts import boundaries  # before data.loader is replaced: it reads sound too
 from parts import data
-import ofa_encoder  # before data.loader is replaced: boundaries reads sound too
+import ofa_encoder
 
 script, log, dies_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 sys.argv = [script, *sys.argv[4:]]
-file, rank, loader, encode, lams = open(log + os.environ["RANK"], "w"), os.environ["RANK"], data.loader, ofa_encoder.OFAEncoder.encode, []
-note = lambda what, value: print(json.dumps([what, value]), file=file, flush=True)
+rank = os.environ["RANK"]
+file = open(log + rank, "w")
+loader = data.loader
+encode = ofa_encoder.OFAEncoder.encode
+lams = []
+
+def note(what, value):
+    print(json.dumps([what, value]), file=file, flush=True)
 
 def noted_loader(speech, *rest):
     for used, *sound in loader(speech, *rest):
-        note("heard", [speech.utterances[i].id for i in used])
+        note("read", [speech.utterances[i].id for i in used])
         yield used, *sound
 
 def noted_encode(self, x, frames, lam=0.0):
@@ -255,99 +265,80 @@ def noted_encode(self, x, frames, lam=0.0):
     return encode(self, x, frames, lam)
 
 def audit(event, arguments):
-    if event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
-        note("wrote", os.path.abspath(arguments[0]))
+    if event == "open" and isinstance(arguments[0], str):
+        if arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            note("wrote", os.path.abspath(arguments[0]))
     if event == "os.rename":
         note("wrote", os.path.abspath(arguments[1]))
 
-data.loader, ofa_encoder.OFAEncoder.encode = noted_loader, noted_encode
+data.loader = noted_loader
+ofa_encoder.OFAEncoder.encode = noted_encode
 sys.addaudithook(audit)
 runpy.run_path(script, run_name="__main__")
 """
 
 
 def test_two_processes_train_as_one_and_one_that_dies_ends_the_job(run, folder, tmp_path):
-    """An epoch in batches of odd sizes, which each process takes in two parts; one of them is a single utterance: nothing is left for rank 1.
-    In the first start rank 1 dies in the fourth step, the second after a checkpoint; the second start goes on from there."""
+    """An epoch in batches of odd sizes, which each process takes in two parts. One batch is a
+    single utterance: nothing of it is left for rank 1. In the first start rank 1 dies in the
+    fourth step, the second after a checkpoint; the second start goes on from there."""
     train = load(str(folder)).part("train")
-    plan, epoch = batches(train, 8, 0), []
+    plan = batches(train, 8, 0)
+    epoch = []
     while sum(map(len, epoch)) < len(train):
         epoch.append(next(plan))
     assert any(len(batch) % 2 for batch in epoch) and min(map(len, epoch)) == 1
-    trained = {u.id for u in train.utterances}  # what else is heard, is heard in evaluation
+    trained = {u.id for u in train.utterances}  # what else is read, is read in evaluation
     flags = ["--steps", str(len(epoch)), "--lr", "1e-4", "--save-every", "2"]
     run("--out", "one", *flags)
     Path("spy.py").write_text(SPY)
 
     def start(log, dies_at, *more):
+        """The process, and the notes of each rank: a list for each of "read", "lam", "wrote"."""
         done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                "2",
-                "spy.py",
-                str(REPO / "pretrain.py"),
-                log,
-                str(dies_at),
-                *run.flags,
-                *flags,
-                "--accumulate",
-                "2",
-                "--out",
-                "two",
-                *more,
-            ],
+            [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            + ["--nproc-per-node", "2", "spy.py", str(REPO / "pretrain.py"), log, str(dies_at)]
+            + [*run.flags, *flags, "--accumulate", "2", "--out", "two", *more],
             capture_output=True,
             text=True,
-            timeout=300,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
         )
-        notes = [
-            [json.loads(line) for line in Path(f"{log}{rank}").read_text().splitlines()]
-            for rank in (0, 1)
-        ]
-        notes = [
-            [(what, value) for what, value in rank if what != "heard" or trained >= set(value)]
-            for rank in notes
-        ]
-        return done, [
-            {what: [value for w, value in rank if w == what] for what in ("heard", "lam", "wrote")}
-            for rank in notes
-        ]
+        notes = []
+        for rank in (0, 1):
+            noted = {"read": [], "lam": [], "wrote": []}
+            for line in Path(f"{log}{rank}").read_text().splitlines():
+                what, value = json.loads(line)
+                if what != "read" or trained >= set(value):
+                    noted[what].append(value)
+            notes.append(noted)
+        return done, notes
 
+    # A step encodes its two parts at three λ each: the nineteenth time is in the fourth step.
     done, before = start("before", 18)
-    assert (
-        done.returncode != 0
-        and "Signal 9 (SIGKILL)" in done.stderr
-        and "[rank0]: Traceback" not in done.stderr
-    )
+    assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr
+    assert "[rank0]: Traceback" not in done.stderr
     assert load_checkpoint("two/checkpoint.pt")["step"] == 2 and len(before[1]["lam"]) == 19
     done, after = start("after", -1, "--resume")
     assert done.returncode == 0 or "has learned nothing" in done.stderr, done.stderr[-2000:]
     assert done.stdout.count("closed form") == 1  # only rank 0 reports
-    one, two = weights("one/checkpoint.pt"), weights("two/checkpoint.pt")
-    # Adam turns the last digit of a gradient near zero into a step of full size, so a few weights may differ by that.
-    apart = torch.cat([(one[k] - v).flatten() for k, v in two.items()])
-    assert apart.square().mean().sqrt() < 0.1 * 1e-4  # a tenth of one step
 
-    lams, heard = (
-        [before[rank][what][: 4 if what == "heard" else 12] + after[rank][what] for rank in (0, 1)]
-        for what in ("lam", "heard")
-    )  # in steps that counted
+    # Adam turns the last digit of a gradient near zero into a full step, so that a few weights may
+    # differ by one. All in all they are apart by less than a tenth of a step.
+    one, two = weights("one/checkpoint.pt"), weights("two/checkpoint.pt")
+    apart = torch.cat([(one[k] - v).flatten() for k, v in two.items()])
+    assert apart.square().mean().sqrt() < 0.1 * 1e-4
+
+    # In the steps that counted, both ranks drew the same λ, and together read each utterance once.
+    lams = [before[rank]["lam"][:12] + after[rank]["lam"] for rank in (0, 1)]
+    read = [before[rank]["read"][:4] + after[rank]["read"] for rank in (0, 1)]
     args = SimpleNamespace(
         seed=0, lam=None, lams_per_step=3, lam_max=1.6, lam_distribution="uniform"
     )
-    assert (
-        lams[0]
-        == lams[1]
-        == sum((2 * draw_lams(args, step, 0.2) for step in range(len(epoch))), [])
-    )
-    assert [] in heard[1] and sorted(sum(heard[0] + heard[1], [])) == sorted(
-        u.id for u in train.utterances
-    )
+    drawn = [lam for step in range(len(epoch)) for lam in 2 * draw_lams(args, step, 0.2)]
+    assert lams[0] == lams[1] == drawn
+    assert [] in read[1] and sorted(sum(read[0] + read[1], [])) == sorted(trained)
+
+    # Only rank 0 writes.
     wrote = [
         {Path(path).name.split(".")[0] for path in rank["wrote"] if path.startswith(str(tmp_path))}
         for rank in after
@@ -366,7 +357,7 @@ def test_the_death_of_another_process_is_told_from_a_bug(run, monkeypatch):
         ("shapes do not fit", RuntimeError, "shapes do not fit"),
     ):
 
-        def stop(*arguments, **more):
+        def stop(*arguments, message=message, **more):
             raise RuntimeError(message)
 
         monkeypatch.setattr(data, "load", stop)
@@ -376,7 +367,7 @@ def test_the_death_of_another_process_is_told_from_a_bug(run, monkeypatch):
 
 @pytest.mark.fuzz
 def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(run):
-    """SIGKILL, in turn while a checkpoint is being written and at a random moment of starting, training or writing."""
+    """SIGKILL, in turn while a checkpoint is being written and at any moment of the run."""
     kills = 20 if settings.get_current_profile_name() == "fuzz" else 3
     flags = ["--steps", str(6 * kills), "--save-every", "1"]
     run("--out", "straight", *flags)
@@ -425,7 +416,8 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(run):
         )  # never a corrupt one
         half_written += partial.exists()
     print(
-        f"killed {kills} times, at steps {steps} of {6 * kills}; {half_written} times a half-written file was left"
+        f"killed {kills} times, at steps {steps} of {6 * kills}; "
+        f"{half_written} times a half-written file was left"
     )
     assert half_written and steps == sorted(steps) and steps[-1] < 6 * kills
     run("--out", "killed", *flags, "--resume")
@@ -442,7 +434,7 @@ def test_what_cannot_be_written_leaves_the_last_checkpoint(run, unwritable, monk
         with unwritable(path.parent) if len(saved) == 2 else nullcontext():
             save(content, path)
 
-    message = r"stopped/checkpoint.pt could not be written \(.*(too large|denied).*was there before is intact"
+    message = r"stopped/checkpoint.pt could not be written \(.*(too large|denied).*before is intact"
     with monkeypatch.context() as patch, pytest.raises(OSError, match=message):
         patch.setattr(pretrain, "save", full_at_the_second)
         run("--out", "stopped", "--save-every", "2")
@@ -454,9 +446,10 @@ def test_what_cannot_be_written_leaves_the_last_checkpoint(run, unwritable, monk
 
 
 def test_memory_does_not_grow_with_the_corpus(folder, tmp_path):
-    """Peak memory of whole runs, all that they start included, on links to one second of speech: ten times as many are 140 MB more of sound,
-    and must cost less than 30. What grows is some kilobytes an utterance for its name and boundaries and, up to 400 utterances, the
-    sample on which codes are found. One length, since oneDNN keeps memory for every shape of batch that it meets, up to a limit of its own."""
+    """Peak memory of whole runs on links to one second of speech: ten times as many are 140 MB more
+    of sound, and must cost less than 30. What grows is some kilobytes an utterance for its name and
+    boundaries and, up to 400 utterances, the sample on which codes are found.
+    """
     peaks, whole = [], load(str(folder))[0]
     soundfile.write(tmp_path / "second.wav", whole.repeat(2)[:16_000].numpy(), 16_000)
     for count in (240, 2400):
@@ -500,7 +493,8 @@ def test_memory_does_not_grow_with_the_corpus(folder, tmp_path):
 
 
 def test_evaluation_does_not_keep_what_it_has_heard(asterisk, monkeypatch):
-    """No more than three batches are in memory at once: this one, the one before, and the sample on which work is counted."""
+    """No more than three batches are in memory at once: this one, the one before, and the sample
+    on which work is counted."""
     arrays, most = [], []
 
     def watched_loader(speech, plan):
@@ -549,7 +543,7 @@ def test_distillation_loss_is_the_formula(asterisk):
 
 
 def test_dropping_a_tail_is_not_rewarded(asterisk):
-    """What is covered weighs the loss and has no gradient: were all frames predicted equally badly, α would learn nothing."""
+    """What is covered weighs the loss, and has no gradient."""
     torch.manual_seed(0)
     distiller = Distiller(OFAEncoder(PRESETS["tiny"]), [39])
     waveforms, lengths = pad([asterisk[3], asterisk[500]])
@@ -623,7 +617,8 @@ def test_non_finite_loss_stops_with_its_cause(run, monkeypatch):
         ]
         return teacher
 
-    counter = []  # calls: the fingerprint, two steps, held-out evaluation, two steps, evaluation again; then step 4
+    # Calls: the fingerprint, two steps, evaluation, two steps, evaluation again; then step 4.
+    counter = []
     run("--out", "warm", "--steps", "1")  # finds the boundaries
     monkeypatch.setattr(pretrain, "load_teacher", poisoned)
     with pytest.raises(
