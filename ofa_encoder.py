@@ -1,27 +1,48 @@
-"""The once-for-all encoder: a small speech encoder that runs at any frame period, set by one scalar λ.
+"""The once-for-all encoder: a small speech encoder for any frame period, set by one scalar λ.
 
-    waveform (B, samples) ─ CNN ─ LayerNorm ─ x (B, S, C), a frame every 20 ms
-    x ─ AlphaPredictor ─ α (B, S) in (0, 1), about one unit of mass per phone
-    α′ = 1 - λ + λ α  for λ <= 1,   (2 - λ) α  for λ >= 1           modify_alpha
-    x, α′ ─ CIF ─ tokens (B, T, C) ─ projection ─ + convolutional positions ─ Transformer layers ─ hidden states (B, T, D)
+    waveforms (B, samples), 16 kHz
+        │ CNN, LayerNorm
+    x (B, S, C), a frame every 20 ms ─── AlphaPredictor ─── α (B, S), about 1 a phone in sum
+        │                                                   │ modify_alpha, by λ
+        │                                                   α′ (B, S)
+        └────────────────────────┬──────────────────────────┘
+                                CIF
+                                 │
+                        tokens (B, T, C)
+                                 │ projection, convolutional positions
+                        hidden state 0 (B, T, D)
+                                 │ Transformer layers
+                        hidden states 1, 2, … (B, T, D)
 
-λ = 0 makes every α′ 1: every frame is a token, 20 ms, no compression. λ = 1 leaves α: about a token a phone, ~90 ms.
-Between them lies a blend; from 1 towards 2, α′ shrinks to zero and tokens grow without limit.
-Mean α′ is linear in λ on either side of 1, so the mean frame period has a closed form:
+λ changes α into
 
-    period = 20 ms / mean α′,   mean α′ = 1 - λ (1 - mean α) for λ <= 1,   (2 - λ) mean α for λ >= 1
+    α′ = 1 - λ + λ α   for 0 ≤ λ ≤ 1,      (2 - λ) α   for 1 ≤ λ < 2
 
-exact but for rounding to whole tokens, if mean α is that of the speech itself; an utterance differs from the mean.
+λ = 0 makes every α′ 1: each frame is a token, and nothing is compressed. λ = 1 leaves α as it is:
+about one token a phone, 90 ms. Between them lies a blend. From 1 towards 2, α′ shrinks to zero and
+tokens grow without limit. α′ is linear in α, so its mean follows from the mean of α, and the mean
+frame period has a closed form:
 
-Compression is chosen by a word. With "cif" it follows λ. The fixed-rate peers are the same model with constant α′:
-"none" (1; DistilHuBERT), "average2" and "average4" (1/2 and 1/4: average pooling, as fixed-length subsampling does).
+    period = 20 ms / mean α′ = 20 ms / modify_alpha(mean α, λ)
 
-Sources: once-for-all and α′: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models",
-ICASSP 2023. Fixed- and variable-length subsampling: Meng et al., "On compressing sequences for
-self-supervised speech models", SLT 2022. The student: Chang et al., "DistilHuBERT", ICASSP 2022. CNN, positions and
-layers are torchaudio's wav2vec 2.0 modules, so HuBERT's weights fit by name.
+It is exact but for rounding to whole tokens if mean α is that of the speech itself. A single
+utterance differs from the mean of many.
 
-`python ofa_encoder.py` runs an untrained encoder at several λ.
+The number of tokens itself has no gradient: λ's arrives through the widths of the pieces that CIF
+cuts. Guidance, which teaches α where phones end, acts on α before λ changes it (in pretrain.py).
+
+The compression is chosen by a word. "cif" follows λ. Its fixed-rate peers are the same model with a
+constant α′: "none" (1, DistilHuBERT), "average2" and "average4" (1/2 and 1/4, which is average
+pooling, as in fixed-length subsampling).
+
+Sources: once-for-all and α′: Chen, Meng and Lee, "Once-for-all sequence compression for
+self-supervised speech models", ICASSP 2023, section 3. Fixed- and variable-length subsampling: Meng
+et al., "On compressing sequences for self-supervised speech models", SLT 2022. The student: Chang,
+Yang and Lee, "DistilHuBERT", ICASSP 2022. CNN, positions and layers are torchaudio's wav2vec 2.0
+modules, so HuBERT's weights fit by name.
+
+This file needs torch, torchaudio and cif.py: copy the pair. `python ofa_encoder.py` runs an
+untrained encoder at several λ.
 """
 
 import math
@@ -38,45 +59,34 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cif import Fired, cif
 
-FRAME_MS = 20
 SAMPLE_RATE = 16_000
-MIN_SAMPLES = 400  # what the CNN needs for one frame: 25 ms
+
+# HuBERT's CNN has seven layers. Together they look at 400 samples (25 ms) for a frame, and the next
+# frame begins 320 samples (20 ms) later.
+KERNELS = (10, 3, 3, 3, 3, 2, 2)
+STRIDES = (5, 2, 2, 2, 2, 2, 2)
+MIN_SAMPLES = 400
+FRAME_MS = 20
+
 CONSTANT_ALPHA = {"none": 1.0, "average2": 1 / 2, "average4": 1 / 4}
 COMPRESSIONS = ("cif", *CONSTANT_ALPHA)
+INITIAL_ALPHA = 0.22  # of "cif" before training: about one token in 90 ms
 
 
-def frames_of(samples: int) -> int:
-    """How many frames the CNN makes of so many samples: one for the first 400, one for every 320 more."""
-    return (samples - MIN_SAMPLES) // 320 + 1
+# 1. λ and the frame period.
 
 
 def modify_alpha(alpha, lam):
-    """α′ from alpha (any shape) and λ in [0, 2), a float or a scalar tensor with gradient."""
+    """α′ from alpha (any shape) at λ in [0, 2): a float, or a scalar tensor that gets a gradient.
+
+    The paper writes α′ with relu, which is the same but has no slope at λ = 0 and λ = 1.
+    """
     lam = torch.as_tensor(lam, dtype=alpha.dtype, device=alpha.device)
-    return torch.where(
-        lam <= 1, 1 - lam + lam * alpha, (2 - lam) * alpha
-    )  # relu has no slope at its corner, λ = 0 or 1
-
-
-def period_from_lam(lam, mean_alpha) -> float:
-    """Mean frame period in ms at λ, for speech whose mean α is mean_alpha."""
-    return (
-        FRAME_MS
-        / modify_alpha(torch.tensor(float(mean_alpha), dtype=torch.float64), check_lam(lam)).item()
-    )
-
-
-def lam_from_period(period_ms, mean_alpha) -> float:
-    """The λ whose mean frame period is period_ms, at least 20 ms. The inverse of period_from_lam."""
-    if not FRAME_MS <= period_ms < math.inf:
-        raise ValueError(
-            f"a frame period of {period_ms} ms can't be had: it is {FRAME_MS} ms at λ = 0 and grows with λ"
-        )
-    rate = FRAME_MS / period_ms  # tokens per frame
-    return (1 - rate) / (1 - mean_alpha) if rate >= mean_alpha else 2 - rate / mean_alpha
+    return torch.where(lam <= 1, 1 - lam + lam * alpha, (2 - lam) * alpha)
 
 
 def check_lam(lam) -> float:
+    """λ as a float. Raises ValueError unless it is one number, 0 ≤ λ < 2."""
     lam = torch.as_tensor(lam, dtype=torch.float32).detach()  # as α′ will see it: 1.99999999 is 2
     if lam.numel() != 1:
         raise ValueError(f"λ has shape {tuple(lam.shape)}, expected one number")
@@ -88,21 +98,97 @@ def check_lam(lam) -> float:
     return lam
 
 
+def period_from_lam(lam, mean_alpha) -> float:
+    """Mean frame period in ms at λ, for speech of this mean α. ValueError for λ outside [0, 2)."""
+    mean_alpha = torch.tensor(float(mean_alpha), dtype=torch.float64)
+    tokens_per_frame = modify_alpha(mean_alpha, check_lam(lam)).item()
+    return FRAME_MS / tokens_per_frame
+
+
+def lam_from_period(period_ms, mean_alpha) -> float:
+    """The λ whose mean frame period is period_ms: the inverse of period_from_lam.
+
+    Raises ValueError for less than 20 ms, or an infinite period.
+    """
+    if not FRAME_MS <= period_ms < math.inf:
+        raise ValueError(
+            f"a frame period of {period_ms} ms can't be had: it is {FRAME_MS} ms at λ = 0 and "
+            "grows with λ"
+        )
+    tokens_per_frame = FRAME_MS / period_ms
+    if tokens_per_frame >= mean_alpha:  # λ is at most 1
+        return (1 - tokens_per_frame) / (1 - mean_alpha)
+    return 2 - tokens_per_frame / mean_alpha
+
+
+# 2. From the waveform to frames, and their α.
+
+
+def frames_of(samples: int) -> int:
+    """How many frames the CNN makes of so many samples, 400 or more."""
+    samples_between = math.prod(STRIDES)  # 320
+    return (samples - MIN_SAMPLES) // samples_between + 1
+
+
+def cnn_features(extractor, waveforms, lengths):
+    """HuBERT's CNN on waveforms (B, samples) at 16 kHz: frames (B, S, C) and their number (B,).
+
+    extractor: torchaudio's FeatureExtractor; lengths (B,): number of valid samples, at least 400
+    each. Frames past an utterance's number are of no use, and not zero.
+
+    It differs from torchaudio's own forward in one point. The GroupNorm after the first layer takes
+    mean and variance over time. In a padded batch they would include the padding, as they do in
+    fairseq and torchaudio, and an utterance's result would depend on the length of the others. So
+    each row is normalised alone.
+    """
+    waveforms = waveforms.to(extractor.conv_layers[0].conv.weight.dtype)  # from half, or double
+    padding = torch.arange(waveforms.shape[1], device=waveforms.device) >= lengths[:, None]
+    x = waveforms.masked_fill(padding, 0)[:, None]  # (B, 1, samples)
+    for layer in extractor.conv_layers:
+        x = layer.conv(x)  # (B, C, S) of this layer
+        lengths = (lengths - layer.kernel_size) // layer.stride + 1
+        if isinstance(layer.layer_norm, nn.GroupNorm):
+            rows = [layer.layer_norm(row[None, :, :n]) for row, n in zip(x, lengths.tolist())]
+            x = torch.cat([pad(row, (0, x.shape[2] - row.shape[2])) for row in rows])
+        elif layer.layer_norm is not None:
+            x = layer.layer_norm(x)
+        x = gelu(x)
+    return x.transpose(1, 2), lengths
+
+
+class AlphaPredictor(nn.Module):
+    """Conv1d(k=5) → LayerNorm → ReLU → Linear → sigmoid: x (B, S, C) -> α (B, S)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv1d(channels, channels, 5, padding=2)
+        self.layer_norm = nn.LayerNorm(channels)
+        self.linear = nn.Linear(channels, 1)
+        nn.init.constant_(self.linear.bias, math.log(INITIAL_ALPHA / (1 - INITIAL_ALPHA)))
+
+    def forward(self, x):
+        x = self.conv(x.transpose(1, 2)).transpose(1, 2)  # (B, S, C)
+        x = self.linear(relu(self.layer_norm(x))).squeeze(-1)  # (B, S)
+        return x.float().sigmoid()  # α are summed over long times: not in bf16
+
+
+# 3. The encoder.
+
+
 @dataclass(frozen=True)
 class Config:
-    """Sizes of an encoder. HuBERT's CNN has seven layers of these kernels and strides: a frame sees 400 samples, the next one starts 320 later."""
+    """Sizes of an encoder, and its compression. The defaults are HuBERT Base's."""
 
-    channels: tuple[int, ...] = (512,) * 7  # of the CNN
+    channels: tuple[int, ...] = (512,) * 7  # of the CNN's layers; C is the last of them
     dim: int = 768  # D, of the Transformer
     heads: int = 12
     ff: int = 3072  # width inside a layer's feed-forward part
     layers: int = 2
     pos_kernel: int = 128  # of the convolutional positions, in tokens
     dropout: float = 0.1
-    compression: str = "cif"
+    compression: str = "cif"  # one of COMPRESSIONS
 
 
-KERNELS, STRIDES = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
 PRESETS = {
     "tiny": Config(
         channels=(64, 64, 96, 128, 128, 128, 128),
@@ -117,37 +203,23 @@ PRESETS = {
 
 
 class Encoded(NamedTuple):
-    """What the encoder returns."""
+    """What the encoder returns. B utterances, S frames, T tokens of D numbers."""
 
-    hidden_states: list[
-        Tensor
-    ]  # the Transformer's input and each layer's output, (B, T, D), zero past each length
-    lengths: Tensor  # (B,) tokens
+    # The Transformer's input and each layer's output, (B, T, D); zero past each length.
+    hidden_states: list[Tensor]
+    lengths: Tensor  # (B,) int64, number of tokens
     alpha: Tensor  # (B, S) α, before λ; of a fixed-rate peer its constant
-    fired: Fired  # what CIF did: fire_times to plot, what expand needs, and α′, as fired.alpha
-    frames: Tensor  # (B,) frames of 20 ms, before compression
+    fired: Fired  # what CIF did: fire_times to plot, what expand needs, and α′ as fired.alpha
+    frames: Tensor  # (B,) int64, number of frames of 20 ms, before compression
 
     def frame_period(self) -> float:
         """Mean frame period in ms over the batch."""
         return FRAME_MS * self.frames.sum().item() / self.lengths.sum().item()
 
 
-class AlphaPredictor(nn.Module):
-    """Conv1d(k=5) → LayerNorm → ReLU → Linear → sigmoid: x (B, S, C) -> α (B, S)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv1d(channels, channels, 5, padding=2)
-        self.layer_norm = nn.LayerNorm(channels)
-        self.linear = nn.Linear(channels, 1)
-        nn.init.constant_(self.linear.bias, math.log(0.22 / 0.78))  # start near one token in 90 ms
-
-    def forward(self, x):
-        x = self.conv(x.transpose(1, 2)).transpose(1, 2)
-        return self.linear(relu(self.layer_norm(x))).squeeze(-1).float().sigmoid()
-
-
 class OFAEncoder(nn.Module):
+    """The diagram at the top of this file. Raises ValueError for an unknown compression."""
+
     def __init__(self, config: Config):
         super().__init__()
         if config.compression not in COMPRESSIONS:
@@ -173,76 +245,94 @@ class OFAEncoder(nn.Module):
             encoder_layer_drop=0.0,
             aux_num_out=None,
         )
-        self.feature_extractor, self.encoder = model.feature_extractor, model.encoder
+        # Under torchaudio's names, which are those of HuBERT's weights. LayerNorm and projection
+        # are both in encoder.feature_projection; CIF goes between them.
+        self.feature_extractor = model.feature_extractor
+        self.encoder = model.encoder
         if config.compression == "cif":
             self.alpha_predictor = AlphaPredictor(config.channels[-1])
+
         # Mean α of held-out speech, measured by pretrain.py: it turns milliseconds into λ.
-        self.register_buffer(
-            "mean_alpha", torch.tensor(CONSTANT_ALPHA.get(config.compression, 0.22))
-        )
+        mean_alpha = CONSTANT_ALPHA.get(config.compression, INITIAL_ALPHA)
+        self.register_buffer("mean_alpha", torch.tensor(mean_alpha))
 
     def forward(self, waveforms, lengths=None, lam=0.0) -> Encoded:
-        """waveforms (B, samples) at 16 kHz, of any float type; lengths (B,) valid samples, at least
-        400 each; λ a float or a scalar tensor.
+        """Hidden states of waveforms at λ.
 
-        An utterance's result does not depend on its padding or company, and it has at least one token.
-        Raises ValueError for wrong shapes, short or non-finite waveforms, λ outside [0, 2), or λ != 0 for a fixed-rate peer.
+        waveforms (B, samples): at 16 kHz, of any float type. lengths (B,): number of valid samples
+        in each, at least 400; those beyond may hold anything, NaN included. Default: all. lam: λ in
+        [0, 2), a float or a scalar tensor; a fixed-rate peer takes 0 alone.
+
+        An utterance's result does not depend on its padding or on the rest of the batch. Raises
+        ValueError for wrong shapes, short or non-finite waveforms, and λ that is out of range.
         """
         lengths = self._check(waveforms, lengths, lam)
-        return self.encode(*self.features(waveforms, lengths), lam)
+        x, frames = self.features(waveforms, lengths)
+        return self.encode(x, frames, lam)
 
     def features(self, waveforms, lengths):
-        """What λ does not change, and most of the cost: the CNN's normalised frames x (B, S, C), zero in the padding, and their number (B,)."""
-        x, frames = cnn_features(self.feature_extractor, waveforms, lengths)  # (B, S, C)
+        """The part that does not depend on λ, and most of the work: the CNN's normalised frames.
+
+        waveforms (B, samples) at 16 kHz, of any float type, and lengths (B,) in samples, a tensor
+        on the same device; neither is checked (`forward` does). Returns x (B, S, C), zero in the
+        padding, and the number of frames (B,).
+        """
+        x, frames = cnn_features(self.feature_extractor, waveforms, lengths)
+        x = self.encoder.feature_projection.layer_norm(x)
         padding = torch.arange(x.shape[1], device=x.device) >= frames[:, None]  # (B, S)
-        return self.encoder.feature_projection.layer_norm(x).masked_fill(
-            padding[:, :, None], 0
-        ), frames
+        return x.masked_fill(padding[:, :, None], 0), frames
 
     def encode(self, x, frames, lam=0.0) -> Encoded:
-        """The rest, at λ: x (B, S, C) and frames (B,) of `features`. The same frames can be encoded at many λ."""
-        padding = torch.arange(x.shape[1], device=x.device) >= frames[:, None]  # (B, S)
+        """The part that depends on λ. The same frames can be encoded at many λ.
+
+        x (B, S, C) and frames (B,): as `features` returns them. lam: as in `forward`; not checked.
+        """
+        # How much of a token each frame is worth, and what λ makes of it. Peers have no λ.
         if self.config.compression == "cif":
             alpha = self.alpha_predictor(x)  # (B, S)
             weights = modify_alpha(alpha, lam)
         else:
-            alpha = weights = torch.full(
-                padding.shape, CONSTANT_ALPHA[self.config.compression], device=x.device
-            )
-        # CIF fires nothing where all α′ add up to less than half a token; then raise them to just over half.
-        mass = weights.masked_fill(padding, 0).sum(1, keepdim=True)
-        fired = cif(x, weights * (0.501 / mass).clamp(min=1), frames)  # tokens (B, T, C)
+            constant = CONSTANT_ALPHA[self.config.compression]
+            alpha = torch.full(x.shape[:2], constant, device=x.device)
+            weights = alpha
 
-        x = self.encoder.feature_projection.dropout(
-            self.encoder.feature_projection.projection(fired.tokens)
-        )  # (B, T, D)
-        valid = torch.arange(x.shape[1], device=x.device) < fired.lengths[:, None]
+        # Merge frames into tokens.
+        weights = _enough_for_a_token(weights, frames)
+        fired = cif(x, weights, frames)  # tokens (B, T, C)
+
+        # Contextualise the tokens. The rest is DistilHuBERT, on a shorter sequence.
+        projection = self.encoder.feature_projection
+        x = projection.dropout(projection.projection(fired.tokens))  # (B, T, D)
+        valid = torch.arange(x.shape[1], device=x.device) < fired.lengths[:, None]  # (B, T)
         hidden_states = self.transform(x, valid)
         return Encoded(hidden_states, fired.lengths, alpha, fired, frames)
 
     def transform(self, x, valid):
-        """Positions and layers: tokens x (B, T, D), valid (B, T) -> hidden states, each (B, T, D)."""
+        """Positions and layers: projected tokens x (B, T, D) -> hidden states, each (B, T, D).
+
+        valid (B, T): whether there is a token; elsewhere x is ignored and hidden states are zero.
+        """
         transformer = self.encoder.transformer
-        x = x * valid[:, :, None]
+        x = x * valid[:, :, None]  # the convolution must not see what lies past an utterance's end
         x = transformer.dropout(transformer.layer_norm(x + transformer.pos_conv_embed(x)))
         hidden_states = [x]
-        attend = valid[:, None, None, :].expand(
-            -1, 1, x.shape[1], -1
-        )  # (B, 1, T, T): to valid tokens only
+        attend = valid[:, None, None, :].expand(-1, 1, x.shape[1], -1)  # (B, 1, T, T)
         for layer in transformer.layers:
             x, _ = layer(x, attend)
             hidden_states.append(x)
-        return [h * valid[:, :, None] for h in hidden_states]
+        return [hidden * valid[:, :, None] for hidden in hidden_states]
 
     def _check(self, waveforms, lengths, lam):
+        """Raise ValueError for what `forward` can't take. Returns lengths as a tensor (B,)."""
         if check_lam(lam) != 0 and self.config.compression != "cif":
             raise ValueError(
-                f"λ is {check_lam(lam):g}, but this encoder has one fixed rate ({self.config.compression}): "
-                "leave λ at 0"
+                f"λ is {check_lam(lam):g}, but this encoder has one fixed rate "
+                f"({self.config.compression}): leave λ at 0"
             )
         if not isinstance(waveforms, Tensor):
             raise ValueError(
-                f"waveforms is a {type(waveforms).__name__}, expected a tensor: torch.from_numpy makes one"
+                f"waveforms is a {type(waveforms).__name__}, expected a tensor: "
+                "torch.from_numpy makes one"
             )
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
             raise ValueError(
@@ -253,7 +343,8 @@ class OFAEncoder(nn.Module):
         lengths = torch.full((B,), N) if lengths is None else torch.as_tensor(lengths)
         if lengths.shape != (B,) or lengths.is_floating_point():
             raise ValueError(
-                f"lengths has shape {tuple(lengths.shape)} and type {lengths.dtype}, expected whole samples ({B},)"
+                f"lengths has shape {tuple(lengths.shape)} and type {lengths.dtype}, "
+                f"expected whole samples ({B},)"
             )
         if B == 0 or (lengths < MIN_SAMPLES).any() or (lengths > N).any():
             raise ValueError(
@@ -267,104 +358,113 @@ class OFAEncoder(nn.Module):
         return lengths
 
     def lam_for(self, period_ms) -> float:
-        """λ for a wanted mean frame period in ms, by the mean α measured when this encoder was pre-trained."""
+        """The λ for a mean frame period in ms, by the mean α that pre-training measured.
+
+        Raises ValueError for less than 20 ms, and from a fixed-rate peer.
+        """
         if self.config.compression != "cif":
             raise ValueError(
-                f"this encoder has one fixed rate ({self.config.compression}): it can't be asked for {period_ms} ms"
+                f"this encoder has one fixed rate ({self.config.compression}): "
+                f"it can't be asked for {period_ms} ms"
             )
         return lam_from_period(period_ms, self.mean_alpha.item())
 
     def checkpoint(self, dtype=torch.float32) -> dict:
-        """What from_checkpoint reads: give it to `save`. float16 halves the file; only mean_alpha, one number, stays as it is."""
-        return {
-            "config": asdict(self.config),
-            "encoder": {
-                k: v.cpu().to(dtype if v.ndim else v.dtype) for k, v in self.state_dict().items()
-            },
-        }
+        """What from_checkpoint reads, to be written with torch.save. float16 halves the file."""
+        weights = {}
+        for name, value in self.state_dict().items():
+            is_number = value.ndim == 0  # mean_alpha alone: as exact as it is
+            weights[name] = value.cpu() if is_number else value.cpu().to(dtype)
+        return {"config": asdict(self.config), "encoder": weights}
 
     @classmethod
     def from_checkpoint(cls, path) -> "OFAEncoder":
         """The encoder in a file that pretrain.py wrote, in eval mode, in float32 on the CPU.
-        Raises ValueError if there is no such file or it holds something else. No code in the file is run."""
+
+        Raises ValueError if there is no such file or it holds something else. No code in the file
+        is run.
+        """
         content = load_checkpoint(path)
         try:
-            encoder = cls(
-                Config(**{**content["config"], "channels": tuple(content["config"]["channels"])})
-            )
+            config = dict(content["config"])
+            config["channels"] = tuple(config["channels"])
+            encoder = cls(Config(**config))
             encoder.load_state_dict(content["encoder"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{path} holds no encoder of this project, or a damaged one ({error!r:.300})"
             ) from None
-        if not all(v.isfinite().all() for v in encoder.state_dict().values()):
+        if not all(value.isfinite().all() for value in encoder.state_dict().values()):
             raise ValueError(f"{path} holds NaN or infinite weights")
         return encoder.float().eval()
 
 
-def cnn_features(extractor, waveforms, lengths):
-    """HuBERT's CNN on waveforms (B, samples) -> frames (B, S, C) and their number (B,).
+def _enough_for_a_token(weights, frames):
+    """Raise α′ (B, S) of an utterance whose sum is below half a token to just over half.
 
-    As torchaudio's FeatureExtractor, but the first layer's GroupNorm (one group a channel) sees each utterance alone. Its mean
-    and variance over time, taken over the padding too as in fairseq and torchaudio, would depend on the utterance's company.
+    CIF would fire nothing there, and an utterance without tokens has no hidden states: no head
+    could say anything of it, and attention over nothing is NaN.
     """
-    waveforms = waveforms.to(extractor.conv_layers[0].conv.weight.dtype)  # from half, or double
-    x = waveforms.masked_fill(
-        torch.arange(waveforms.shape[1], device=waveforms.device) >= lengths[:, None], 0
-    )[:, None]
-    for layer in extractor.conv_layers:
-        x = layer.conv(x)  # (B, C, S) of this layer
-        lengths = (lengths - layer.kernel_size) // layer.stride + 1
-        if isinstance(layer.layer_norm, nn.GroupNorm):
-            rows = [layer.layer_norm(row[None, :, :n]) for row, n in zip(x, lengths.tolist())]
-            x = torch.cat([pad(row, (0, x.shape[2] - row.shape[2])) for row in rows])
-        elif layer.layer_norm is not None:
-            x = layer.layer_norm(x)
-        x = gelu(x)
-    return x.transpose(1, 2), lengths
+    padding = torch.arange(weights.shape[1], device=weights.device) >= frames[:, None]
+    mass = weights.masked_fill(padding, 0).sum(1, keepdim=True)  # (B, 1)
+    return weights * (0.501 / mass).clamp(min=1)
 
 
-@torch.no_grad()
-def transformer_gflops(encoder, waveforms, lam, device="cpu") -> float:
-    """GFLOPs in positions and Transformer layers per second of speech, each utterance encoded alone."""
-    flops = 0
-    for waveform in waveforms:
-        tokens = encoder(waveform[None].to(device), lam=lam).fired.tokens
-        x = encoder.encoder.feature_projection.projection(tokens)
-        # Fused attention kernels are not counted on CPUs, the plain one is.
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            encoder.transform(x, torch.ones(x.shape[:2], dtype=torch.bool, device=device))
-        flops += counter.get_total_flops()
-    return flops / 1e9 / (sum(map(len, waveforms)) / SAMPLE_RATE)
+def load_checkpoint(path, map_location="cpu") -> dict:
+    """torch.load, without running code that is in the file.
 
-
-def load_checkpoint(path, map_location="cpu"):
-    """torch.load, safely, with a ValueError that says what is wrong with the file."""
+    Raises ValueError that says what is wrong if there is no such file, or it is no checkpoint.
+    """
     if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {path}: pre-train one with `make demo` or pretrain.py")
+        raise ValueError(
+            f"no checkpoint at {path}: correct the path, or pre-train an encoder with `make demo` "
+            "or pretrain.py"
+        )
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # truncated, pickled code, no checkpoint at all: torch has a different exception for each
+    except Exception as error:  # a cut file, pickled code, text: each has an exception of its own
         raise ValueError(
-            f"{path} is no checkpoint, or it is damaged, or it holds more than tensors and plain values, which is not "
-            f"loaded because it could run code ({type(error).__name__})"
+            f"{path} is no checkpoint, or it is damaged, or it holds more than tensors and plain "
+            f"values, which is not loaded because it could run code ({type(error).__name__})"
         ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
     return content
 
 
+# 4. What λ saves.
+
+
+@torch.no_grad()
+def transformer_gflops(encoder, waveforms, lam, device="cpu") -> float:
+    """GFLOPs in positions and Transformer layers per second of speech, at λ.
+
+    waveforms: a list of tensors (samples,), each of which is encoded alone.
+    """
+    flops = 0
+    samples = 0
+    for waveform in waveforms:
+        tokens = encoder(waveform[None].to(device), lam=lam).fired.tokens  # (1, T, C)
+        x = encoder.encoder.feature_projection.projection(tokens)
+        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=device)
+        # The counter knows plain attention, but not the fused kernels of CPUs.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            encoder.transform(x, valid)
+        flops += counter.get_total_flops()
+        samples += len(waveform)
+    return flops / 1e9 / (samples / SAMPLE_RATE)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     encoder = OFAEncoder(PRESETS["tiny"]).eval()
-    print(
-        f"tiny, untrained: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters; 2 s of noise"
-    )
-    with torch.no_grad():
-        for lam in (0, 0.25, 0.5, 0.75, 1, 1.5):
+    size = sum(p.numel() for p in encoder.parameters())
+    print(f"tiny, untrained: {size / 1e6:.2f} M parameters; 2 s of noise")
+    for lam in (0, 0.25, 0.5, 0.75, 1, 1.5):
+        with torch.no_grad():
             out = encoder(torch.randn(1, 2 * SAMPLE_RATE), lam=lam)
-            predicted = period_from_lam(lam, out.alpha.mean())
-            print(
-                f"λ = {lam:<4}  hidden states {tuple(out.hidden_states[-1].shape)}  "
-                f"a token every {out.frame_period():5.1f} ms (closed form {predicted:5.1f})"
-            )
+        predicted = period_from_lam(lam, out.alpha.mean())
+        print(
+            f"λ = {lam:<4}  hidden states {tuple(out.hidden_states[-1].shape)}  "
+            f"a token every {out.frame_period():5.1f} ms (closed form {predicted:5.1f})"
+        )

@@ -1,21 +1,28 @@
-"""What was found: tables and figures, made from the points that finetune.py and adaptive_lambda.py leave.
+"""What was found: tables and figures, made from the points of finetune.py and adaptive_lambda.py.
 
     results/MODEL/*.json   a point each: one task, λ and seed (`make sweep` computes them anew)
     results/pretraining/   the tables that pretrain.py printed about the encoders
-    results/results.md     tables: the trade-off, once-for-all against its peers, the learned λ, where tokens fire
+    results/firing.json    what firing.py found
+
+    results/results.md     tables: the trade-off, once-for-all against its peers, the learned λ, …
     results/tradeoff.png   the metric over frame period and over cost, for CTC, seq2seq and pooling
     results/lambda.png     λ over epochs, from each starting point
 
-Every number is a mean over seeds of the head, ± its standard deviation; each encoder was pre-trained once. Between the λ of
-the grid, the curve is read by linear interpolation in the frame period.
+Every number is a mean over seeds of the head, ± its standard deviation; each encoder was
+pre-trained once. Between the λ of the grid, the curve is read by linear interpolation in the frame
+period.
 
-`python results.py` makes them anew.
+    python -m extras.results results
 """
 
+import parts  # noqa: F401  before torch: it sets how the threads of torch wait
+
+# isort: split
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -25,18 +32,13 @@ from extras.firing import TOLERANCE_MS, firing_table, table
 from parts.figures import COLOURS, STYLE
 from parts.runs import differing, read_point
 
-PLAIN = "defaults"  # how λ was learned
-VARIANTS = {
-    PLAIN: "-",
-    "jitter 0.15": "--",
-    "missing tokens hidden": ":",
-}  # those drawn, and their lines
 METRIC_OF = {"ctc": "CER", "seq2seq": "WER", "pool": "mAP"}
 TASKS = {
     "ctc": "characters (CTC)",
     "seq2seq": "translation (seq2seq)",
     "pool": "concepts (pooling)",
 }
+ENCODERS = {"ofa": "once-for-all", "ofa-one-lam": "once-for-all, one λ a step"}
 PEERS = {
     "none": "no compression",
     "average2": "average of 2",
@@ -45,33 +47,54 @@ PEERS = {
     "lam0.78": "CIF at λ = 0.78",
     "lam1.04": "CIF at λ = 1.04",
 }
-LEGEND = """± is the standard deviation over seeds of the head. *ms / token*: mean frame period of all utterances. *GFLOPs / s*: of positions and Transformer, per
-second of speech; attention's part grows with the length of utterances, so tasks differ. *too short*: test utterances with fewer tokens than CTC needs.
-*untrained encoder*: the same network with random weights. *deaf*: a head that hears nothing. CER and WER: lower is better; mAP: higher is better."""
+BASELINES = {"logmel": "log-mel", "random": "untrained encoder", "deaf": "deaf"}
+LEGEND = """\
+± is the standard deviation over seeds of the head. *ms / token*: mean frame period of all
+utterances. *GFLOPs / s*: of positions and Transformer, per second of speech; attention's part
+grows with the length of utterances, so tasks differ. *too short*: test utterances with fewer
+tokens than CTC needs. *untrained encoder*: the same network with random weights. *deaf*: a head
+without any input from the sound. CER and WER: lower is better; mAP: higher is better."""
 
 
-def load_points(folder):
-    """All points under results/: {(model, task, features, λ, or start of a learned one, how it was learned): its points, one a seed}."""
+# 1. The points.
+
+
+class Setting(NamedTuple):
+    """What points that differ only in their seeds have in common."""
+
+    model: str  # the folder
+    task: str
+    features: str
+    lam: float  # where λ is learned: its start
+    price: float  # of a token per frame, where λ is learned
+
+
+def load_points(folder) -> dict[Setting, list[dict]]:
+    """The points under folder, a list of seeds for each setting.
+
+    Raises ValueError where there are none, or where points of one setting differ in more than the
+    seed.
+    """
     points = {}
-    for path in sorted(set(folder.glob("*/*.json")) - set(folder.glob("pretraining/*.json"))):
+    for path in sorted(folder.glob("*/*.json")):
+        if path.parent.name == "pretraining":
+            continue
         point = read_point(path)
         config = point["config"]
-        how = [f"{name} {config[name]:g}" for name in ("jitter", "price") if config.get(name)]
-        how = (
-            ", ".join(how + ["missing tokens hidden"] * config.get("hide_missing", False)) or PLAIN
+        setting = Setting(
+            model=path.parent.name,
+            task=config["task"],
+            features=config["features"],
+            lam=config.get("lam", config.get("start")),
+            price=config.get("price", 0.0),
         )
-        key = (
-            path.parent.name,
-            config["task"],
-            config["features"],
-            config.get("lam", config.get("start")),
-            how,
-        )
-        points.setdefault(key, []).append(point)
-        differ = set(differing(config, points[key][0]["config"])) - {"seed"}
+        beside = points.setdefault(setting, [])
+        beside.append(point)
+        differ = set(differing(config, beside[0]["config"])) - {"seed"}
         if differ:
             raise ValueError(
-                f"{path} is of another configuration than the points with other seeds beside it ({', '.join(differ)} differ)"
+                f"{path} is of another configuration than the points with other seeds beside it "
+                f"({', '.join(sorted(differ))} differ)"
             )
     if not points:
         raise ValueError(f"no points under {folder}: compute them with `make sweep`")
@@ -79,345 +102,360 @@ def load_points(folder):
 
 
 class Summary:
-    """Means over the seeds of some points, and the standard deviation of the metric."""
+    """Means over the seeds of one setting, and the standard deviation of the metric."""
 
     def __init__(self, points):
-        mean = lambda name: float(np.mean([p[name] for p in points]))
-        tests = [p["test"] for p in points]
-        self.test, self.sd, self.n = (
-            float(np.mean(tests)),
-            float(np.std(tests, ddof=1)) if len(tests) > 1 else float("nan"),
-            len(tests),
-        )
+        def mean(name):
+            return float(np.mean([point[name] for point in points]))
+
+        self.seeds = len(points)
+        self.test = mean("test")
+        self.sd = standard_deviation([point["test"] for point in points])
         self.valid = mean("valid")
-        self.period, self.gflops, self.epochs = (
-            mean("frame_period_ms"),
-            mean("transformer_gflops_per_s"),
-            mean("epochs"),
-        )
-        self.minutes = (
-            min(p["train_s"] for p in points) / 60
-        )  # whatever else the machine does can only add to it
-        self.infeasible = 100 * mean("infeasible_test") / mean("test_utterances")
+        self.period = mean("frame_period_ms")
+        self.gflops = mean("transformer_gflops_per_s")
+        self.epochs = mean("epochs")
+        self.infeasible = 100 * mean("infeasible_test") / mean("test_utterances")  # %
+        # Other work on the machine can only add time, so the fastest seed says most.
+        self.minutes = min(point["train_s"] for point in points) / 60
 
     def __str__(self):
-        return f"{self.test:.1f} ± {self.sd:.1f}" if self.n > 1 else f"{self.test:.1f}"
+        return plus_minus(self.test, self.sd, 1)
 
 
-def select(points, model, task, features="encoder"):
-    """{λ or start: Summary}, in order."""
-    return {
-        key[3]: Summary(p)
-        for key, p in sorted(points.items(), key=lambda item: item[0][3])
-        if key[:3] == (model, task, features) and key[4] == PLAIN
-    }
+def standard_deviation(values) -> float:
+    """Of a sample; NaN for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
-def tradeoff_table(points, task):
-    rows = []
+def plus_minus(mean, sd, digits) -> str:
+    """The mean ± the standard deviation, or the mean alone where there is no deviation."""
+    if np.isnan(sd):
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
-    def add(name, lam, s):
-        rows.append(
-            [
-                name,
-                lam,
-                f"{s.period:.1f}" if s.gflops else "",
-                f"{s.gflops:.3f}" if s.gflops else "",
-                s,
-                s.n,
-                f"{s.epochs:.0f}",
-                f"{s.infeasible:.0f} %" if task == "ctc" else "",
-            ]
-        )
 
-    for lam, s in select(points, "ofa", task).items():
-        add("once-for-all", lam, s)
-    for lam, s in select(points, "slots", task).items():
-        add("once-for-all, 3 symbols a token", lam, s)
+def select(points, model, task, features="encoder") -> dict[float, Summary]:
+    """{λ, or where a learned λ started: Summary} in order, without those that paid a price."""
+    wanted = (model, task, features)
+    found = {}
+    for setting in sorted(points):
+        if setting[:3] == wanted and setting.price == 0:
+            found[setting.lam] = Summary(points[setting])
+    return found
+
+
+def learned_settings(points, task) -> list[Setting]:
+    """Those in which λ was learned: by price, then by start."""
+    learned = [s for s in points if s.model == "adaptive" and s.task == task]
+    return sorted(learned, key=lambda setting: (setting.price, setting.lam))
+
+
+def gain(task, ours, theirs) -> float:
+    """How much better ours is, in points of the task's metric."""
+    return ours - theirs if task == "pool" else theirs - ours
+
+
+# 2. The tables.
+
+
+def tradeoff_table(points, task) -> str:
+    """A row for each model and λ."""
+    named = []  # (name, λ to print, Summary)
+    for model, name in ENCODERS.items():
+        for lam, summary in select(points, model, task).items():
+            named.append((name, lam, summary))
+    for lam, summary in select(points, "slots", task).items():
+        named.append(("once-for-all, 3 symbols a token", lam, summary))
     for peer, name in PEERS.items():
-        for s in select(points, peer, task).values():
-            add(name, "", s)
-    for features in ("logmel", "random", "deaf"):
-        for lam, s in select(points, "baselines", task, features).items():
-            add(
-                {"logmel": "log-mel", "random": "untrained encoder", "deaf": "deaf"}[features],
-                lam if features == "random" else "",
-                s,
-            )
-    return table(
-        [
-            "model",
-            "λ",
-            "ms / token",
-            "GFLOPs / s",
-            f"{METRIC_OF[task]} %",
-            "seeds",
-            "epochs",
-            "too short",
-        ],
-        rows,
-    )
+        for summary in select(points, peer, task).values():
+            named.append((name, "", summary))
+    for features, name in BASELINES.items():
+        for lam, summary in select(points, "baselines", task, features).items():
+            named.append((name, lam if features == "random" else "", summary))
+
+    rows = []
+    for name, lam, summary in named:
+        has_encoder = summary.gflops > 0
+        period = f"{summary.period:.1f}" if has_encoder else ""
+        gflops = f"{summary.gflops:.3f}" if has_encoder else ""
+        short = f"{summary.infeasible:.0f} %" if task == "ctc" else ""
+        epochs = f"{summary.epochs:.0f}"
+        rows.append([name, lam, period, gflops, summary, summary.seeds, epochs, short])
+    metric = f"{METRIC_OF[task]} %"
+    header = ["model", "λ", "ms / token", "GFLOPs / s", metric, "seeds", "epochs", "too short"]
+    return table(header, rows)
 
 
-def peers_table(points):
-    """Once-for-all minus each peer at the peer's frame period; positive where once-for-all is better."""
+def peers_table(points) -> str:
+    """How much better once-for-all is than each peer, at the peer's frame period."""
     rows = []
     for peer, name in PEERS.items():
-        row = [name]
+        cells = []
         for task in TASKS:
-            curve = [s for s in select(points, "ofa", task).values() if s.n > 1]
-            other = next((s for s in select(points, peer, task).values() if s.n > 1), None)
-            periods = [s.period for s in curve]
-            if (
-                not curve or not other or not periods[0] - 1 < other.period < periods[-1] + 1
-            ):  # outside of the curve
-                row.append("")
-                continue
-            ours = np.interp(other.period, periods, [s.test for s in curve])
-            sd = np.hypot(np.interp(other.period, periods, [s.sd for s in curve]), other.sd)
-            row.append(f"{(ours - other.test) * (1 if task == 'pool' else -1):+.1f} ± {sd:.1f}")
-            row[0] = f"{name}, {other.period:.0f} ms"
-        rows.append(row)
+            # A difference without a deviation would say nothing: single seeds don't count.
+            curve = [s for s in select(points, "ofa", task).values() if s.seeds > 1]
+            others = [s for s in select(points, peer, task).values() if s.seeds > 1]
+            cell = ""
+            if curve and others:
+                cell = difference(task, curve, others[0])
+            if cell:
+                name = f"{PEERS[peer]}, {others[0].period:.0f} ms"
+            cells.append(cell)
+        rows.append([name, *cells])
     return table(["peer", *TASKS.values()], rows)
 
 
-def learned_table(points):
+def difference(task, curve, other) -> str:
+    """The curve, read at the frame period of the other Summary, minus the other; "" outside it."""
+    periods = [s.period for s in curve]
+    if not periods[0] - 1 < other.period < periods[-1] + 1:
+        return ""
+    test = np.interp(other.period, periods, [s.test for s in curve])
+    sd = np.hypot(np.interp(other.period, periods, [s.sd for s in curve]), other.sd)
+    return f"{gain(task, test, other.test):+.1f} ± {sd:.1f}"
+
+
+def learned_table(points) -> str:
+    """A row for each task, start and price of a learned λ, beside the best λ of the grid."""
     rows = []
     for task, name in TASKS.items():
-        grid = select(points, "ofa", task)
-        sign = 1 if task == "pool" else -1
+        grid = grid_of_learned(points, task)
         if not grid:
             continue
-        best = max(
-            grid, key=lambda lam: sign * grid[lam].valid
-        )  # as one would choose: test is not for choosing
-        minutes = sum(s.minutes for s in grid.values())
-        for (model, of, _, start, how), runs in sorted(
-            points.items(), key=lambda item: (item[0][4], item[0][3])
-        ):
-            if (model, of) == ("adaptive", task):
-                s, lams = Summary(runs), [p["lam"] for p in runs]
-                lam = f"{np.mean(lams):.2f}" + (
-                    f" ± {np.std(lams, ddof=1):.2f}" if len(lams) > 1 else ""
-                )
-                rows.append(
-                    [
-                        name,
-                        start,
-                        how,
-                        s.n,
-                        lam,
-                        f"{s.period:.0f}",
-                        s,
-                        f"{grid[best]} at {best:g}",
-                        f"{sign * (s.test - grid[best].test):+.1f}",
-                        f"{s.minutes:.1f}",
-                        f"{minutes:.1f}",
-                    ]
-                )
-    return table(
-        [
-            "task",
-            "λ starts at",
-            "with",
-            "seeds",
-            "λ learned",
-            "ms / token",
-            "metric %",
-            "best of the grid (by validation)",
-            "better by",
-            "minutes, fastest seed",
-            "minutes of the grid",
-        ],
-        rows,
-    )
+        # Chosen by validation, as a user would: the test split is not for choosing.
+        best = max(grid, key=lambda lam: gain(task, grid[lam].valid, 0))
+        minutes_of_grid = sum(summary.minutes for summary in grid.values())
+        for setting in learned_settings(points, task):
+            summary = Summary(points[setting])
+            lams = [point["lam"] for point in points[setting]]
+            rows.append(
+                [
+                    name,
+                    setting.lam,
+                    f"{setting.price:g}",
+                    summary.seeds,
+                    plus_minus(np.mean(lams), standard_deviation(lams), 2),
+                    f"{summary.period:.0f}",
+                    summary,
+                    f"{grid[best]} at {best:g}",
+                    f"{gain(task, summary.test, grid[best].test):+.1f}",
+                    f"{summary.minutes:.1f}",
+                    f"{minutes_of_grid:.1f}",
+                ]
+            )
+    header = ["task", "λ starts at", "price", "seeds", "λ learned", "ms / token", "metric %"]
+    header += ["best of the grid (by validation)", "better by"]
+    header += ["minutes, fastest seed", "minutes of the grid"]
+    return table(header, rows)
 
 
-def read_rows(path, script):
+def grid_of_learned(points, task) -> dict:
+    """The grid on the encoder on which λ was learned, known by the hash of its checkpoint."""
+    hashes = {points[s][0]["config"].get("checkpoint_sha1") for s in learned_settings(points, task)}
+    for model in ENCODERS:
+        grid = select(points, model, task)
+        of_grid = {
+            runs[0]["config"].get("checkpoint_sha1")
+            for setting, runs in points.items()
+            if setting.model == model and setting.task == task
+        }
+        if grid and of_grid == hashes:
+            return grid
+    return {}
+
+
+def read_rows(path, script) -> list[dict]:
+    """The rows of a table that a script has written. Raises ValueError if it holds none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))["rows"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
-            f"{path} is no table of {script}, or it is damaged: make it anew with `make results` or `make sweep`"
+            f"{path} is no table of {script}, or it is damaged: make it anew with `make results` "
+            "or `make sweep`"
         ) from None
 
 
-def pretraining_table(folder):
-    rows = []
-    for model, name in {"ofa": "once-for-all", **PEERS}.items():
-        for row in (
-            read_rows(folder / f"{model}.json", "pretrain.py")
-            if (folder / f"{model}.json").exists()
-            else ()
-        ):
-            rows.append(
-                [
-                    name,
-                    f"{row['lam']:.2f}",
-                    f"{row['period_ms']:.1f}",
-                    f"{row['closed_form_ms']:.1f}",
-                    f"{np.mean(row['distillation']):.3f}",
-                ]
-            )
-    return table(["model", "λ", "ms / token", "closed form", "distillation loss"], rows)
+def pretraining_table(folder) -> str:
+    """What pretrain.py measured of each encoder."""
+    cells = []
+    for model, name in {**ENCODERS, **PEERS}.items():
+        path = folder / f"{model}.json"
+        if not path.exists():
+            continue
+        for row in read_rows(path, "pretrain.py"):
+            line = [name, f"{row['lam']:.2f}", f"{row['period_ms']:.1f}"]
+            line += [f"{row['closed_form_ms']:.1f}", f"{np.mean(row['distillation']):.3f}"]
+            cells.append(line)
+    return table(["model", "λ", "ms / token", "closed form", "distillation loss"], cells)
+
+
+# 3. The figures.
 
 
 def tradeoff_figure(points, path):
+    """The metric over the frame period (above) and over the cost (below), a column for each task.
+
+    Both rows run from expensive to cheap, so that they can be compared at a glance.
+    """
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots(
-            2, len(TASKS), figsize=(14, 8), layout="constrained", sharey="col"
+            2, len(TASKS), figsize=(13, 8), layout="constrained", sharey="col"
         )
-        for (task, name), column in zip(TASKS.items(), axes.T):
-            for axis, x in zip(column, ("period", "gflops")):
-                curve = list(select(points, "ofa", task).values())
-                xs, ys, sds = (np.array([getattr(s, k) for s in curve]) for k in (x, "test", "sd"))
-                axis.plot(xs, ys, "o-", color=COLOURS["ofa"], label="once-for-all, one encoder")
-                axis.fill_between(
-                    xs, ys - sds, ys + sds, color=COLOURS["ofa"], alpha=0.2, linewidth=0
-                )
-                for k, peer in enumerate(PEERS):
-                    for s in select(points, peer, task).values():
-                        marker = "P" if peer.startswith("average") else "X"
-                        axis.errorbar(
-                            getattr(s, x),
-                            s.test,
-                            s.sd,
-                            fmt=marker,
-                            ms=8,
-                            color=COLOURS["peer"],
-                            capsize=3,
-                            label={
-                                "none": "no compression, or CIF at one λ",
-                                "average2": "average of 2, of 4",
-                            }.get(peer),
-                        )
-                stars = [
-                    Summary([p])
-                    for key, runs in points.items()
-                    if key[:2] == ("adaptive", task) and key[4] == PLAIN
-                    for p in runs
-                ]
-                axis.plot(
-                    [getattr(s, x) for s in stars],
-                    [s.test for s in stars],
-                    "*",
-                    ms=10,
-                    color=COLOURS["learned"],
-                    label="λ learned, a run each",
-                    zorder=5,
-                )
-                for features, label in (
-                    ("logmel", "log-mel, same head"),
-                    ("random", "untrained encoder, λ = 0"),
-                    ("deaf", "deaf"),
-                ):
-                    for s in list(select(points, "baselines", task, features).values())[:1]:
-                        axis.axhline(s.test, color=COLOURS[features], linestyle="--", label=label)
-                axis.set(
-                    ylabel=f"test {METRIC_OF[task]} (%)"
-                    + (", higher is better" if task == "pool" else ", lower is better"),
-                    title=name,
-                )
-            column[0].set(
-                xscale="log",
-                xlabel="frame period (ms per token)",
-                xticks=[20, 33, 50, 90, 180],
-                xticklabels=[20, 33, 50, 90, 180],
-            )
-            column[0].minorticks_off()
-            column[1].set(xlabel="Transformer GFLOPs per second of speech")
-        labelled = {
-            label: handle
-            for axis in axes[0]
-            for handle, label in zip(*axis.get_legend_handles_labels())
-        }
-        figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4)
+        for (task, name), (above, below) in zip(TASKS.items(), axes.T):
+            draw_tradeoff(above, points, task, "period")
+            draw_tradeoff(below, points, task, "gflops")
+            above.set(title=f"{name}, {better_is(task)}", xscale="log")
+            above.set(xlabel="frame period in ms per token (cheaper →)")
+            above.set(xticks=[20, 33, 50, 90, 180], xticklabels=[20, 33, 50, 90, 180])
+            above.minorticks_off()
+            below.invert_xaxis()
+            below.set(xlabel="Transformer GFLOPs per second\nof speech (cheaper →)")
+        add_legend(figure, axes, ncols=3)
         figure.savefig(path)
         plt.close(figure)
 
 
+def draw_tradeoff(axis, points, task, x):
+    """One panel. x: the attribute of Summary that is drawn to the right."""
+    curve = list(select(points, "ofa", task).values())
+    xs = np.array([getattr(summary, x) for summary in curve])
+    tests = np.array([summary.test for summary in curve])
+    sds = np.array([summary.sd for summary in curve])
+    green = COLOURS["ofa"]
+    axis.plot(xs, tests, "o-", color=green, label="once-for-all, one encoder")
+    axis.fill_between(xs, tests - sds, tests + sds, color=green, alpha=0.2, linewidth=0)
+
+    before = select(points, "ofa-one-lam", task).values()
+    axis.plot(
+        [getattr(summary, x) for summary in before],
+        [summary.test for summary in before],
+        "--",
+        color=green,
+        label=ENCODERS["ofa-one-lam"],
+    )
+
+    for peer in PEERS:
+        marker, label = peer_mark(peer)
+        for summary in select(points, peer, task).values():
+            at = getattr(summary, x)
+            black = COLOURS["peer"]
+            axis.plot(at, summary.test, marker, markersize=8, color=black, label=label)
+            axis.errorbar(at, summary.test, summary.sd, color=black, capsize=3)
+
+    stars = []  # a star for each run, since λ ends elsewhere with each seed
+    for setting in learned_settings(points, task):
+        if setting.price == 0:
+            stars += [Summary([point]) for point in points[setting]]
+    axis.plot(
+        [getattr(star, x) for star in stars],
+        [star.test for star in stars],
+        "*",
+        markersize=11,
+        color=COLOURS["learned"],
+        label="λ learned (one λ a step), each run",
+        zorder=5,
+    )
+
+    labels = ("log-mel, same head", "untrained encoder, λ = 0", "deaf head (no input)")
+    for features, label in zip(BASELINES, labels):
+        summaries = list(select(points, "baselines", task, features).values())
+        if summaries:
+            color = COLOURS[features]
+            axis.axhline(summaries[0].test, color=color, linestyle="--", label=label)
+    axis.set(ylabel=f"test {METRIC_OF[task]} (%)")
+
+
+def better_is(task) -> str:
+    """Which way the task's metric is better."""
+    return f"{METRIC_OF[task]}: {'higher' if task == 'pool' else 'lower'} is better"
+
+
+def peer_mark(peer) -> tuple[str, str]:
+    """Marker and label of a peer."""
+    if peer == "none":
+        return "s", "no compression"
+    if peer.startswith("average"):
+        return "^", "average of 2, of 4"
+    return "X", "CIF trained at one λ"
+
+
 def lambda_figure(points, path):
-    tasks = [
-        task
-        for task in TASKS
-        if any(k[:2] == ("adaptive", task) and k[4] in VARIANTS for k in points)
-    ]
+    """λ (above) and the validation metric (below) over epochs, without a price."""
+    tasks = []
+    for task in TASKS:
+        if any(setting.price == 0 for setting in learned_settings(points, task)):
+            tasks.append(task)
     if not tasks:
         return
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots(
             2,
             len(tasks),
-            figsize=(2 + 4.5 * len(tasks), 8),
+            figsize=(1 + 4.2 * len(tasks), 7.5),
             layout="constrained",
             sharex="col",
             squeeze=False,
         )
-        for task, column in zip(tasks, axes.T):
-            runs = {
-                k: p for k, p in points.items() if k[:2] == ("adaptive", task) and k[4] in VARIANTS
-            }
-            starts = sorted({k[3] for k in runs})
-            for (*_, start, how), seeds in sorted(runs.items(), key=lambda item: item[0][3:]):
-                style = {
-                    "color": COLOURS["starts"][starts.index(start) % len(COLOURS["starts"])],
-                    "linestyle": VARIANTS[how],
-                }
-                for p in seeds:
-                    epochs = range(len(p["search"]) + 1)
-                    label = f"from λ = {start:g}" + f", {how}" * (how != PLAIN)
-                    column[0].plot(
-                        epochs,
-                        [start, *(h["lam"] for h in p["search"])],
-                        label=label if p is seeds[0] else None,
-                        **style,
-                    )
-                    column[0].plot(epochs[-1], p["lam"], "*", ms=12, color=style["color"])
-                    column[1].plot(epochs[1:], [h["valid"] for h in p["search"]], **style)
-            column[0].set(title=TASKS[task], ylabel="λ", ylim=(0, None))
-            column[1].set(
-                xlabel="epochs", ylabel=f"validation {METRIC_OF[task]} (%)", ylim=(0, 105)
-            )
-        labelled = {
-            label: handle
-            for axis in axes[0]
-            for handle, label in zip(*axis.get_legend_handles_labels())
-        }
-        figure.legend(
-            labelled.values(), labelled.keys(), loc="outside lower center", ncols=len(tasks)
-        )
+        for task, (above, below) in zip(tasks, axes.T):
+            draw_search(above, below, points, task)
+        add_legend(figure, axes, ncols=4)
         figure.savefig(path)
         plt.close(figure)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description="Make the tables and figures of results/ anew.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "folder",
-        nargs="?",
-        default="results",
-        help="where the points are, and the tables and figures go",
-    )
-    folder = Path(parser.parse_args().folder)
-    points = load_points(folder)
-    machines = sorted({(p["machine"], p["date"]) for seeds in points.values() for p in seeds})
+def draw_search(above, below, points, task):
+    """One task's λ on the axis above, its validation metric on the one below; a line for a run."""
+    colours = COLOURS["starts"]
+    settings = [s for s in learned_settings(points, task) if s.price == 0]
+    for k, setting in enumerate(settings):
+        colour = colours[k % len(colours)]
+        for point in points[setting]:
+            search = point["search"]
+            epochs = np.arange(len(search) + 1)
+            lams = [setting.lam, *(epoch["lam"] for epoch in search)]
+            above.plot(epochs, lams, color=colour, label=f"from λ = {setting.lam:g}")
+            above.plot(epochs[-1], point["lam"], "*", markersize=12, color=colour)
+            below.plot(epochs[1:], [epoch["valid"] for epoch in search], color=colour)
+    above.plot([], [], "*", markersize=12, color="black", label="the λ that was learned")
+    above.set(title=TASKS[task], ylabel="λ", ylim=(0, None))
+    # A head that repeats itself has a WER of several hundred: such lines leave the figure.
+    below.set(title=better_is(task), ylabel=f"validation {METRIC_OF[task]} (%)", ylim=(0, 105))
+    highest = max(epoch["valid"] for s in settings for p in points[s] for epoch in p["search"])
+    below.set(xlabel="epochs" if highest <= 105 else "epochs (values over 105 % are cut off)")
+
+
+def add_legend(figure, axes, ncols):
+    """One legend below all panels, with each label once."""
+    labelled = {}
+    for axis in axes[0]:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            labelled.setdefault(label, handle)
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=ncols)
+
+
+# 4. The page.
+
+
+def page(points, folder) -> str:
+    """All tables as one Markdown text."""
+    runs = [point for seeds in points.values() for point in seeds]
+    machines = sorted({f"{point['machine']} ({point['date']})" for point in runs})
     text = [
         "# What was found",
-        "Made by `python results.py` from the points beside it; computed on "
-        + "; ".join(f"{m} ({d})" for m, d in machines)
-        + ".",
+        "Made by `python -m extras.results` from the points beside it; computed on "
+        f"{'; '.join(machines)}.",
+        LEGEND,
     ]
-    text += [LEGEND]
     for task, name in TASKS.items():
         text += [f"## {name[0].upper()}{name[1:]}", tradeoff_table(points, task)]
     text += [
         "## Once-for-all against its peers",
-        "How much better (+) or worse (−) once-for-all is than the peer, at the peer's frame period, in points of the metric.",
+        "How much better (+) or worse (−) once-for-all is than the peer, at the peer's frame "
+        "period, in points of the metric.",
         peers_table(points),
         "## The learned λ",
+        "*price*: what is added to the loss, times tokens per frame.",
         learned_table(points),
     ]
     if (folder / "pretraining").exists():
@@ -429,13 +467,28 @@ def main():
     if (folder / "firing.json").exists():
         text += [
             "## Where tokens fire",
-            f"Agreement with pseudo-boundaries on held-out speech, ± {TOLERANCE_MS} ms (firing.py).",
+            "Agreement with pseudo-boundaries on held-out speech, "
+            f"± {TOLERANCE_MS} ms (extras/firing.py).",
             firing_table(read_rows(folder / "firing.json", "firing.py")),
         ]
-    (folder / "results.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    return "\n\n".join(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.results",
+        description="Make the tables and figures of results/ anew.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    where = "where the points are, and the tables and figures go"
+    parser.add_argument("folder", nargs="?", default="results", help=where)
+    folder = Path(parser.parse_args().folder)
+    points = load_points(folder)
+    text = page(points, folder)
+    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
     tradeoff_figure(points, folder / "tradeoff.png")
     lambda_figure(points, folder / "lambda.png")
-    print("\n\n".join(text))
+    print(text)
 
 
 if __name__ == "__main__":

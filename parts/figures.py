@@ -1,11 +1,12 @@
 """One style for every figure, and the figure of one utterance at several λ.
 
-The same thing has the same colour everywhere (from Okabe and Ito's palette, safe for the colour-blind).
-
+The same thing has the same colour everywhere. The colours are Okabe and Ito's palette, which
+colour-blind readers can tell apart.
 """
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torchaudio
 
@@ -37,11 +38,12 @@ STYLE = {
 
 @torch.no_grad()
 def utterance_figure(encoder, waveform, text, lams, path):
-    """Draw one utterance, waveform (samples,): its sound, log-mel spectrogram, and at each λ its α′ and fire times."""
+    """Draw one utterance: its sound, its log-mel spectrogram, and α′ and fire times at each λ.
+
+    waveform (samples,) at 16 kHz, on the encoder's device, the CPU; text: its title; lams: a list
+    of λ; path: of the image.
+    """
     seconds = len(waveform) / SAMPLE_RATE
-    mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=400, hop_length=160, n_mels=80)(
-        waveform
-    )  # (80, frames)
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots(
             2 + len(lams),
@@ -51,41 +53,49 @@ def utterance_figure(encoder, waveform, text, lams, path):
             layout="constrained",
             height_ratios=[0.8, 1.4] + [1] * len(lams),
         )
-        axes[0].plot(
-            torch.arange(len(waveform)) / SAMPLE_RATE,
-            waveform,
-            color=COLOURS["waveform"],
-            linewidth=0.5,
-        )
-        axes[0].set(title=f"“{text}”" if text else "", ylabel="waveform", yticks=[])
-        axes[1].imshow(
-            (mel + 1e-6).log(),
-            origin="lower",
-            aspect="auto",
-            cmap="magma",
-            extent=(0, seconds, 0, 80),
-            vmin=-10,
-        )
-        axes[1].set(ylabel="mel channel", yticks=[0, 40, 80])
+        draw_sound(axes[0], axes[1], waveform)
+        axes[0].set(title=f"“{text}”" if text else "")
         for axis, lam in zip(axes[2:], lams):
             out = encoder(waveform[None], lam=lam)
-            alpha = out.fired.alpha[0]
-            times = out.fired.fire_times[0] * FRAME_MS / 1000
-            axis.vlines(times, 0, 1, color=COLOURS["fire"], linewidth=1.5, label="a token fires")
-            axis.stairs(
-                alpha,
-                torch.arange(len(alpha) + 1) * FRAME_MS / 1000,
-                fill=True,
-                color=COLOURS["alpha"],
-                alpha=0.7,
-                label="α′ of each frame",
-            )
-            axis.set(
-                title=f"λ = {lam:.2f}: {len(times)} tokens, one every {out.frame_period():.0f} ms",
-                ylabel="α′",
-                ylim=(0, 1.05),
-            )
+            draw_tokens(axis, out)
+            period = f"one every {out.frame_period():.0f} ms"
+            axis.set(title=f"λ = {lam:.2f}: {out.lengths.item()} tokens, {period}")
         axes[2].legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2)
         axes[-1].set(xlabel="time (s)", xlim=(0, seconds))
         figure.savefig(path)
         plt.close(figure)
+
+
+def draw_sound(above, below, waveform):
+    """The waveform (samples,) on the axis above, and its log-mel spectrogram on the one below."""
+    seconds = len(waveform) / SAMPLE_RATE
+    times = np.arange(len(waveform)) / SAMPLE_RATE
+    above.plot(times, waveform.numpy(), color=COLOURS["waveform"], linewidth=0.5)
+    above.set(ylabel="waveform", yticks=[])
+    mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=400, hop_length=160, n_mels=80)
+    below.imshow(
+        (mel(waveform) + 1e-6).log().numpy(),  # (80, frames of 10 ms)
+        origin="lower",
+        aspect="auto",
+        cmap="magma",
+        extent=(0, seconds, 0, 80),
+        vmin=-10,
+    )
+    below.set(ylabel="mel channel", yticks=[0, 40, 80])
+
+
+def draw_tokens(axis, out):
+    """α′ of each frame and the fire times of an `Encoded` of one utterance."""
+    alpha = out.fired.alpha[0].numpy()  # (S,)
+    edges = np.arange(len(alpha) + 1) * FRAME_MS / 1000  # of the frames, in seconds
+    times = out.fired.fire_times[0].numpy() * FRAME_MS / 1000  # (T,)
+    axis.vlines(times, 0, 1, color=COLOURS["fire"], linewidth=1.5, label="a token fires")
+    axis.stairs(
+        alpha,
+        edges,
+        fill=True,
+        color=COLOURS["alpha"],
+        alpha=0.7,
+        label="α′ of each frame",
+    )
+    axis.set(ylabel="α′", ylim=(0, 1.05))

@@ -1,18 +1,37 @@
-"""Small heads on the encoder's hidden states, as SUPERB has them (Yang et al., Interspeech 2021).
+"""Small heads on the encoder's hidden states, as SUPERB has them.
 
-Every head first mixes the hidden states h_0 .. h_L by a learned softmax, x = Σ_l softmax(w)_l · h_l, x (B, T, D), and then
+The encoder gives L + 1 hidden states h_l for each token. Every head first standardises them, and
+sums them with learned weights w (`Mix`):
 
-    CTCHead      a BiLSTM, or none, and a linear layer: each token emits one symbol or the blank, or with slots k up to k symbols
-    Seq2SeqHead  a BiLSTM, and a Transformer decoder that attends to it; greedy or beam search; optionally a joint CTC loss
-    PoolHead     a linear layer, the mean over tokens, and a linear layer
+    x = W Σ_l softmax(w)_l · (h_l - mean_l) / std_l        (B, L + 1, T, D) -> (B, T, width)
 
-Each has loss(hidden, lengths, targets) and predict(hidden, lengths), with hidden (B, L + 1, T, D), lengths (B,) in tokens,
-and targets lists of symbol numbers. CTC can't emit more symbols than it has tokens (times slots): `infeasible` tells.
+What follows depends on the kind of task:
 
+    CTCHead      BiLSTMs or none, and a linear layer. Each token emits one symbol or the blank;
+                 with symbols_per_token = k, it does so k times.
+    Seq2SeqHead  a BiLSTM, and a Transformer decoder that attends to its output; greedy or beam
+                 search; optionally a joint CTC loss.
+    PoolHead     the mean over tokens, and a linear layer.
+
+Each has loss(hidden, lengths, targets), a scalar, and predict(hidden, lengths), a list with an
+answer for each utterance, where
+
+    hidden   (B, L + 1, T, D), padded
+    lengths  (B,), in tokens
+    targets  a list of symbol numbers for each utterance
+
+Heads read tokens, however few, so they need no `expand`: only distillation compares the encoder
+with a teacher frame by frame. CTC alone depends on the rate, since it can't emit more symbols than
+there are tokens (times symbols_per_token): `infeasible` counts the utterances that are too short.
+
+A new head is a class here and an entry in HEADS, under the kind of task (tasks.py) it is for. The
+one other place is finetune.build_head, which sets its options.
+
+Sources: SUPERB: Yang et al., Interspeech 2021. CTC: Graves et al., ICML 2006. Joint CTC and
+attention: Kim, Hori and Watanabe, ICASSP 2017. Decoder: Vaswani et al., NeurIPS 2017.
 """
 
 import math
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +43,22 @@ from torch.nn.functional import (
 )
 from torch.nn.utils.rnn import pad_sequence
 
+DROPOUT = 0.2
+CTC_SHAPES = {  # width, and how many BiLSTMs of that width in each direction
+    "linear": (256, 0),
+    "blstm": (128, 1),
+    "superb": (1024, 2),  # SUPERB's own for speech recognition
+}
+
+
+# 1. What several heads are built from.
+
 
 class Mix(nn.Module):
-    """Softmax-weighted sum of standardised hidden states, then a projection: (B, L + 1, T, D) -> (B, T, width)."""
+    """Weighted sum of the standardised hidden states, projected: (B, L + 1, T, D) -> (B, T, width).
+
+    layers: how many hidden states there are, L + 1; dim: their size D.
+    """
 
     def __init__(self, layers, dim, width):
         super().__init__()
@@ -36,266 +68,303 @@ class Mix(nn.Module):
         self.project = nn.Linear(dim, width)
 
     def standardise(self, rows):
-        """From now on every dimension has mean 0 and variance 1 over tokens like these, rows (L + 1, tokens, D). Some of an
-        encoder's dimensions hardly move around a large mean; a head would spend its first epochs on finding that out."""
+        """Take mean and standard deviation of each dimension from rows (L + 1, tokens, D).
+
+        Some of an encoder's dimensions vary little around a large mean. A head would spend its
+        first epochs on learning to subtract it.
+        """
         self.mean.copy_(rows.mean(1, keepdim=True))
         self.std.copy_(rows.std(1, keepdim=True, unbiased=False) + 1e-5)
 
     def forward(self, hidden):
-        return self.project(
-            torch.einsum("l,bltd->btd", self.weights.softmax(0), (hidden - self.mean) / self.std)
-        )
+        standard = (hidden - self.mean) / self.std
+        mixed = torch.einsum("l,bltd->btd", self.weights.softmax(0), standard)  # (B, T, D)
+        return self.project(mixed)
+
+
+def reverse(x, lengths) -> Tensor:
+    """x (B, T, C) with each utterance back to front within its length; padding stays in place."""
+    steps = torch.arange(x.shape[1], device=x.device)  # (T,)
+    ends = lengths[:, None]
+    source = torch.where(steps < ends, ends - 1 - steps, steps)  # (B, T)
+    return x.gather(1, source[:, :, None].expand(x.shape))
 
 
 class BiLSTM(nn.Module):
-    """LSTMs in both directions over x (B, T, D) -> (B, T, 2 · width). The backward one sees each utterance reversed within its
-    length: on a CPU that is several times faster than packed sequences, and gives the same."""
+    """LSTMs in both directions: x (B, T, D) -> (B, T, 2 · width).
+
+    The backward LSTM reads each utterance reversed within its length. The result is that of packed
+    sequences, which are several times slower on a CPU.
+    """
 
     def __init__(self, dim, width):
         super().__init__()
-        self.forwards, self.backwards = (
-            nn.LSTM(dim, width, batch_first=True),
-            nn.LSTM(dim, width, batch_first=True),
-        )
+        self.forwards = nn.LSTM(dim, width, batch_first=True)
+        self.backwards = nn.LSTM(dim, width, batch_first=True)
 
     def forward(self, x, lengths):
-        steps = torch.arange(x.shape[1], device=x.device)
-        reverse = torch.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps)[
-            :, :, None
-        ]  # (B, T, 1)
-        flip = lambda y: y.gather(1, reverse.expand(y.shape))
-        return torch.cat([self.forwards(x)[0], flip(self.backwards(flip(x))[0])], 2)
+        ahead, _ = self.forwards(x)
+        back, _ = self.backwards(reverse(x, lengths))
+        return torch.cat([ahead, reverse(back, lengths)], 2)
+
+
+def padding_of(x, lengths) -> Tensor:
+    """True where x (B, T, C) is padding: (B, T)."""
+    return torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+
+
+def mean_ctc_loss(log_probs, lengths, targets, blank) -> Tensor:
+    """The CTC loss per symbol of each text, and the mean of that over utterances.
+
+    log_probs (B, N, symbols + 1), lengths (B,) in steps of N, targets: a tensor for each utterance.
+    An utterance too short for its text has an infinite loss, which is taken as 0.
+    """
+    sizes = torch.tensor([len(t) for t in targets], device=log_probs.device)
+    steps_first = log_probs.transpose(0, 1)  # (N, B, symbols + 1)
+    return ctc_loss(steps_first, torch.cat(targets), lengths, sizes, blank, zero_infinity=True)
+
+
+def as_tensors(targets, device) -> list[Tensor]:
+    return [torch.as_tensor(t, dtype=torch.long, device=device) for t in targets]
+
+
+# 2. CTC.
 
 
 def emissions(text) -> int:
-    """What CTC must emit for a text, at the least: its symbols, and a blank between two equal ones."""
-    return len(text) + sum(a == b for a, b in zip(text, text[1:]))
+    """How much CTC must emit for a text: its symbols, and a blank between two equal ones."""
+    repeats = sum(a == b for a, b in zip(text, text[1:]))
+    return len(text) + repeats
+
+
+def collapse(path, blank) -> list[int]:
+    """The text of a CTC path: a symbol that is repeated counts once, and blanks are dropped."""
+    text = []
+    before = blank
+    for symbol in path:
+        if symbol not in (blank, before):
+            text.append(symbol)
+        before = symbol
+    return text
 
 
 class CTCHead(nn.Module):
-    """shape: "blstm" (one layer of 128), "linear", or SUPERB's own for speech recognition, "superb" (two layers of 1024)."""
+    """CTC over `symbols` symbols. shape: one of CTC_SHAPES."""
 
-    BLANK = 0
+    BLANK = 0  # the symbols follow it, so symbol s of a text has number s + 1 inside this class
 
-    def __init__(self, layers, dim, symbols: int, shape="blstm", symbols_per_token=1, dropout=0.2):
+    def __init__(self, layers, dim, symbols: int, shape="blstm", symbols_per_token=1):
         super().__init__()
-        width, depth = {"linear": (256, 0), "blstm": (128, 1), "superb": (1024, 2)}[shape]
-        self.mix, self.symbols_per_token = Mix(layers, dim, width), symbols_per_token
-        self.lstms = nn.ModuleList(
-            BiLSTM(width if i == 0 else 2 * width, width) for i in range(depth)
-        )
-        self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(2 * width if depth else width, symbols_per_token * (symbols + 1))
+        width, depth = CTC_SHAPES[shape]
+        self.symbols_per_token = symbols_per_token
+        self.mix = Mix(layers, dim, width)
+        self.lstms = nn.ModuleList()
+        size = width
+        for _ in range(depth):
+            self.lstms.append(BiLSTM(size, width))
+            size = 2 * width
+        self.dropout = nn.Dropout(DROPOUT)
+        self.out = nn.Linear(size, symbols_per_token * (symbols + 1))
 
     def forward(self, hidden, lengths):
+        """Log-probabilities of blank and symbols: (B, T · symbols_per_token, symbols + 1)."""
         x = self.dropout(self.mix(hidden))
         for lstm in self.lstms:
             x = self.dropout(lstm(x, lengths))
-        x = self.out(x)  # (B, T, slots · (symbols + 1))
-        return log_softmax(
-            x.view(len(x), x.shape[1] * self.symbols_per_token, -1).float(), 2
-        )  # (B, T · slots, symbols + 1)
+        x = self.out(x)  # (B, T, symbols_per_token · (symbols + 1))
+        emitted = x.view(len(x), x.shape[1] * self.symbols_per_token, -1)
+        return log_softmax(emitted.float(), 2)
 
     def loss(self, hidden, lengths, targets):
-        """Mean over utterances of the loss per symbol; those too short for their text count as 0, since CTC gives infinity."""
-        flat = torch.cat(
-            [torch.as_tensor(t, dtype=torch.long, device=hidden.device) + 1 for t in targets]
-        )
-        sizes = torch.tensor([len(t) for t in targets], device=hidden.device)
-        return ctc_loss(
-            self(hidden, lengths).transpose(0, 1),
-            flat,
-            lengths * self.symbols_per_token,
-            sizes,
-            self.BLANK,
-            zero_infinity=True,
-        )
+        numbers = [t + 1 for t in as_tensors(targets, hidden.device)]
+        log_probs = self(hidden, lengths)
+        return mean_ctc_loss(log_probs, lengths * self.symbols_per_token, numbers, self.BLANK)
 
     def infeasible(self, lengths, targets) -> int:
         """How many of the utterances have too few tokens for their text."""
-        return sum(
-            emissions(t) > length * self.symbols_per_token
-            for t, length in zip(targets, lengths.tolist())
-        )
+        possible = (lengths * self.symbols_per_token).tolist()
+        return sum(emissions(t) > most for t, most in zip(targets, possible))
 
     @torch.no_grad()
     def predict(self, hidden, lengths):
-        best = self(hidden, lengths).argmax(2).tolist()
-        result = []
-        for row, length in zip(best, lengths.tolist()):
-            row = row[: length * self.symbols_per_token]
-            result.append(
-                [
-                    s - 1
-                    for s, before in zip(row, [self.BLANK, *row])
-                    if s not in (self.BLANK, before)
-                ]
-            )
-        return result
+        """A list of symbol numbers for each utterance: the text of the most probable path."""
+        paths = self(hidden, lengths).argmax(2).tolist()
+        steps = (lengths * self.symbols_per_token).tolist()
+        texts = [collapse(path[:n], self.BLANK) for path, n in zip(paths, steps)]
+        return [[number - 1 for number in text] for text in texts]
+
+
+# 3. Attention.
 
 
 def sinusoids(x: Tensor) -> Tensor:
-    """x (B, T, C) plus positions, as in Vaswani et al. 2017."""
-    angle = torch.arange(x.shape[1], device=x.device)[:, None] / 10000 ** (
-        torch.arange(0, x.shape[2], 2, device=x.device) / x.shape[2]
-    )
-    return x + torch.stack([angle.sin(), angle.cos()], 2).flatten(1)
+    """x (B, T, C) plus an encoding of the positions 0 .. T - 1 (Vaswani et al., section 3.5)."""
+    positions = torch.arange(x.shape[1], device=x.device)[:, None]
+    exponents = torch.arange(0, x.shape[2], 2, device=x.device) / x.shape[2]
+    angle = positions / 10000**exponents  # (T, C / 2)
+    return x + torch.stack([angle.sin(), angle.cos()], 2).flatten(1)  # sin, cos, sin, cos, …
 
 
 class Seq2SeqHead(nn.Module):
-    """Attention decoder. The symbol after the last one, number `symbols`, both starts and ends a text."""
+    """Attention decoder. The number after the last symbol, `symbols`, both starts and ends a text.
 
-    def __init__(
-        self,
-        layers,
-        dim,
-        symbols: int,
-        width=128,
-        depth=2,
-        ctc_weight=0.0,
-        beam=1,
-        max_symbols=30,
-        dropout=0.2,
-    ):
+    ctc_weight: the part of the joint CTC loss, 0 to 1; beam: hypotheses of the beam search, 1 for
+    greedy; max_symbols: length of the longest text that is predicted.
+    """
+
+    WIDTH = 128
+    DEPTH = 2  # layers of the decoder
+    ATTENTION_HEADS = 4
+
+    def __init__(self, layers, dim, symbols: int, ctc_weight=0.0, beam=1, max_symbols=30):
         super().__init__()
-        self.mix, self.end, self.width, self.beam, self.ctc_weight = (
-            Mix(layers, dim, width),
-            symbols,
-            width,
-            beam,
-            ctc_weight,
-        )
-        self.max_symbols = max_symbols  # symbols, at the most, in a predicted text
-        self.lstm, self.join = BiLSTM(width, width), nn.Linear(2 * width, width)
+        width = self.WIDTH
+        self.end = symbols
+        self.ctc_weight = ctc_weight
+        self.beam = beam
+        self.max_symbols = max_symbols
+        self.mix = Mix(layers, dim, width)
+        self.lstm = BiLSTM(width, width)
+        self.join = nn.Linear(2 * width, width)
         self.embed = nn.Embedding(symbols + 1, width)
-        self.dropout = nn.Dropout(dropout)
-        self.decoder = nn.TransformerDecoder(
-            nn.TransformerDecoderLayer(
-                width, 4, 4 * width, dropout, batch_first=True, norm_first=True
-            ),
-            depth,
-            nn.LayerNorm(width),
+        self.dropout = nn.Dropout(DROPOUT)
+        layer = nn.TransformerDecoderLayer(
+            width, self.ATTENTION_HEADS, 4 * width, DROPOUT, batch_first=True, norm_first=True
         )
+        self.decoder = nn.TransformerDecoder(layer, self.DEPTH, nn.LayerNorm(width))
         self.out = nn.Linear(width, symbols + 1)
-        self.ctc = (
-            nn.Linear(width, symbols + 1) if ctc_weight else None
-        )  # its blank is the end symbol
+        self.ctc = nn.Linear(width, symbols + 1) if ctc_weight else None  # its blank is `end`
 
     def memory(self, hidden, lengths):
-        x = self.join(self.dropout(self.lstm(self.dropout(self.mix(hidden)), lengths)))
-        return x, torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+        """What the decoder attends to: vectors (B, T, C), and where they are padding (B, T)."""
+        x = self.dropout(self.mix(hidden))
+        x = self.join(self.dropout(self.lstm(x, lengths)))
+        return x, padding_of(x, lengths)
 
     def decode(self, memory, padding, text):
         """Log-probabilities of each next symbol: text (B, N) -> (B, N, symbols + 1)."""
-        causal = torch.ones(
-            text.shape[1], text.shape[1], dtype=torch.bool, device=text.device
-        ).triu(1)
-        x = self.decoder(
-            sinusoids(self.embed(text) * math.sqrt(self.width)),
-            memory,
-            causal,
-            memory_key_padding_mask=padding,
-        )
+        n = text.shape[1]
+        future = torch.ones(n, n, dtype=torch.bool, device=text.device).triu(1)
+        x = sinusoids(self.embed(text) * math.sqrt(self.WIDTH))
+        x = self.decoder(x, memory, future, memory_key_padding_mask=padding)
         return log_softmax(self.out(x).float(), 2)
 
     def loss(self, hidden, lengths, targets):
+        """Label-smoothed cross entropy of each next symbol, and of the end."""
         memory, padding = self.memory(hidden, lengths)
+        targets = as_tensors(targets, hidden.device)
         end = torch.tensor([self.end], device=hidden.device)
-        targets = [torch.as_tensor(t, dtype=torch.long, device=hidden.device) for t in targets]
-        given = pad_sequence(
-            [torch.cat([end, t]) for t in targets], batch_first=True, padding_value=self.end
-        )
-        wanted = pad_sequence(
-            [torch.cat([t, end]) for t in targets], batch_first=True, padding_value=-100
-        )
-        loss = cross_entropy(
-            self.decode(memory, padding, given).flatten(0, 1), wanted.flatten(), label_smoothing=0.1
-        )
-        if self.ctc is not None:
-            sizes = torch.tensor([len(t) for t in targets], device=hidden.device)
-            ctc = ctc_loss(
-                log_softmax(self.ctc(memory).float(), 2).transpose(0, 1),
-                torch.cat(targets),
-                lengths,
-                sizes,
-                self.end,
-                zero_infinity=True,
-            )
-            loss = (1 - self.ctc_weight) * loss + self.ctc_weight * ctc
+
+        # The decoder is given a text up to some symbol, and has to predict the next one.
+        given = [torch.cat([end, t]) for t in targets]
+        wanted = [torch.cat([t, end]) for t in targets]
+        given = pad_sequence(given, batch_first=True, padding_value=self.end)  # (B, N)
+        wanted = pad_sequence(wanted, batch_first=True, padding_value=-100)  # -100 is ignored
+        log_probs = self.decode(memory, padding, given)  # (B, N, symbols + 1)
+        loss = cross_entropy(log_probs.flatten(0, 1), wanted.flatten(), label_smoothing=0.1)
+        if self.ctc is None:
+            return loss
+
+        log_probs = log_softmax(self.ctc(memory).float(), 2)  # (B, T, symbols + 1)
+        joint = mean_ctc_loss(log_probs, lengths, targets, self.end)
+        return (1 - self.ctc_weight) * loss + self.ctc_weight * joint
+
+    @torch.no_grad()
+    def predict(self, hidden, lengths):
+        """A list of symbol numbers for each utterance, by beam search with K = self.beam texts.
+
+        These hypotheses grow by a symbol at each step, until they end or have max_symbols. Then
+        the one with the best mean log-probability per symbol, the end included, is chosen.
+        """
+        memory, padding = self.memory(hidden, lengths)
+        B, K, V = len(memory), self.beam, self.end + 1
+        device = hidden.device
+
+        # The decoder sees the K hypotheses of an utterance as K rows of one batch.
+        memory = memory.repeat_interleave(K, 0)  # (B · K, T, C)
+        padding = padding.repeat_interleave(K, 0)
+
+        # All K begin alike. Only the first may go on from there, or all K would stay alike.
+        text = torch.full((B, K, 1), self.end, device=device)
+        total = torch.full((B, K), -torch.inf, device=device)  # log-probability of each
+        total[:, 0] = 0
+        ended = torch.zeros(B, K, dtype=torch.bool, device=device)
+
+        # A hypothesis that has ended is continued by further ends, at no cost.
+        only_end = torch.full((V,), -torch.inf, device=device)
+        only_end[self.end] = 0
+
+        while text.shape[2] <= self.max_symbols and not ended.all():
+            # Score each symbol as the next one of each hypothesis.
+            scores = self.decode(memory, padding, text.flatten(0, 1))[:, -1].view(B, K, V)
+            scores = torch.where(ended[:, :, None], only_end, scores)
+
+            # Of the K · V continuations of an utterance, keep the best K.
+            continued = total[:, :, None] + scores  # (B, K, V)
+            total, best = continued.flatten(1).topk(K)  # (B, K)
+            parent = best // V  # the hypothesis that each of them continues
+            symbol = best % V
+
+            # Several may continue the same hypothesis, and some hypotheses are given up.
+            text = text.gather(1, parent[:, :, None].expand_as(text))
+            text = torch.cat([text, symbol[:, :, None]], 2)
+            ended = ended.gather(1, parent) | (symbol == self.end)
+
+        # Longer texts are less probable, so it is the mean over symbols that is compared.
+        sizes = (text[:, :, 1:] != self.end).sum(2) + ended  # (B, K)
+        best = (total / sizes).argmax(1)
+        chosen = text[torch.arange(B, device=device), best].tolist()
+        return [[s for s in row if s != self.end] for row in chosen]
+
+
+# 4. Mean pooling.
+
+
+class PoolHead(nn.Module):
+    """Labels of an utterance; symbols: how many labels there are.
+
+    One label, or one label of each of several groups, whose sizes are given in order by `groups`
+    and add up to symbols; the loss is the sum of the cross entropies of the groups. With
+    multi_label any number of labels, and the loss is the binary cross entropy of each.
+    """
+
+    WIDTH = 256
+
+    def __init__(self, layers, dim, symbols: int, multi_label=False, groups=()):
+        super().__init__()
+        self.multi_label = multi_label
+        self.groups = list(groups) or [symbols]
+        self.mix = Mix(layers, dim, self.WIDTH)
+        self.dropout = nn.Dropout(DROPOUT)
+        self.out = nn.Linear(self.WIDTH, symbols)
+
+    def forward(self, hidden, lengths):
+        """Scores of the labels: (B, symbols)."""
+        x = self.mix(hidden)  # (B, T, C)
+        valid = ~padding_of(x, lengths)
+        mean = (x * valid[:, :, None]).sum(1) / lengths[:, None]  # (B, C)
+        return self.out(self.dropout(mean))
+
+    def loss(self, hidden, lengths, targets):
+        scores = self(hidden, lengths)
+        if self.multi_label:
+            wanted = torch.zeros_like(scores)
+            for row, labels in zip(wanted, targets):
+                row[labels] = 1
+            return binary_cross_entropy_with_logits(scores, wanted)
+
+        # Labels are numbered through all groups, but cross entropy counts from 0 in each.
+        wanted = torch.tensor(targets, device=scores.device)  # (B, groups)
+        loss = 0.0
+        start = 0
+        for g, group_scores in enumerate(scores.split(self.groups, 1)):
+            loss = loss + cross_entropy(group_scores, wanted[:, g] - start)
+            start += self.groups[g]
         return loss
 
     @torch.no_grad()
     def predict(self, hidden, lengths):
-        """Beam search with self.beam hypotheses (1: greedy) of up to self.max_symbols symbols; of the last ones the best by mean log-probability."""
-        memory, padding = self.memory(hidden, lengths)
-        B, K, V = len(memory), self.beam, self.end + 1
-        memory, padding = memory.repeat_interleave(K, 0), padding.repeat_interleave(K, 0)
-        text = torch.full((B, K, 1), self.end, device=hidden.device)
-        total = torch.zeros(B, K, device=hidden.device).masked_fill(
-            torch.arange(K, device=hidden.device) > 0, -torch.inf
-        )
-        ended = torch.zeros(B, K, dtype=torch.bool, device=hidden.device)
-        only_end = torch.full((V,), -torch.inf, device=hidden.device).index_fill(
-            0, torch.tensor(self.end, device=hidden.device), 0
-        )
-        while text.shape[2] <= self.max_symbols and not ended.all():
-            scores = self.decode(memory, padding, text.flatten(0, 1))[:, -1].view(B, K, V)
-            scores = torch.where(
-                ended[:, :, None], only_end, scores
-            )  # a text that has ended stays as it is
-            total, best = (total[:, :, None] + scores).flatten(1).topk(K)  # (B, K)
-            parent, symbol = best // V, best % V
-            text = torch.cat(
-                [text.gather(1, parent[:, :, None].expand_as(text)), symbol[:, :, None]], 2
-            )
-            ended = ended.gather(1, parent) | (symbol == self.end)
-        sizes = (text[:, :, 1:] != self.end).sum(2) + ended  # (B, K)
-        best = (total / sizes).argmax(1)
-        return [
-            [s for s in rows[k] if s != self.end] for rows, k in zip(text.tolist(), best.tolist())
-        ]
-
-
-class PoolHead(nn.Module):
-    """One label an utterance (cross entropy), or one of each of `groups`, so many symbols each (the sum of the cross entropies), or with
-    `several` any number of them (binary cross entropies)."""
-
-    def __init__(
-        self, layers, dim, symbols: int, multi_label=False, width=256, dropout=0.2, groups=()
-    ):
-        super().__init__()
-        self.mix, self.multi_label, self.groups = (
-            Mix(layers, dim, width),
-            multi_label,
-            list(groups) or [symbols],
-        )
-        self.dropout, self.out = nn.Dropout(dropout), nn.Linear(width, symbols)
-
-    def forward(self, hidden, lengths):
-        x = self.mix(hidden)
-        valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        return self.out(
-            self.dropout((x * valid[:, :, None]).sum(1) / lengths[:, None])
-        )  # (B, symbols)
-
-    def loss(self, hidden, lengths, targets):
-        logits = self(hidden, lengths)
-        if not self.multi_label:
-            wanted = torch.tensor(targets, device=logits.device) - torch.tensor(
-                [0, *accumulate(self.groups[:-1])], device=logits.device
-            )
-            return sum(
-                cross_entropy(part, wanted[:, g])
-                for g, part in enumerate(logits.split(self.groups, 1))
-            )
-        wanted = torch.zeros_like(logits)
-        for row, t in zip(wanted, targets):
-            row[t] = 1
-        return binary_cross_entropy_with_logits(logits, wanted)
-
-    @torch.no_grad()
-    def predict(self, hidden, lengths):
-        """Scores (symbols,) of each utterance."""
+        """Scores (symbols,) of the labels for each utterance, on the CPU."""
         return list(self(hidden, lengths).cpu())
 
 

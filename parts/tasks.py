@@ -1,35 +1,115 @@
-"""What is asked of the encoder: utterances, and what to say about each.
+"""Tasks: utterances, and what a head is to answer for each.
 
-    ctc      text, one symbol a character; scored by CER (character error rate)
-    seq2seq  text, one symbol a word; scored by WER
-    pool     a label (scored by accuracy), or the set of those that apply (mean average precision, mAP)
+    kind     target of an utterance                           metric
+    ctc      text, one symbol a character                     CER, character error rate
+    seq2seq  text, one symbol a word                          WER, word error rate
+    pool     one label, or the set of those that apply        accuracy, or mAP for a set (mean
+                                                              average precision)
 
-Data for each of the three come with the embedded corpus (--data asterisk), split as data.py splits it, every language of a
-prompt on one side:
+The embedded corpus has a task of each kind (--data asterisk). It is split as data.py splits it, so
+that a prompt is on one side in all its languages.
 
-    ctc      what was said, in English and Spanish
-    seq2seq  a small translation: speech in any of the five languages to the English content words of the prompt, as far as
-             four prompts or more of train have them: what two or three have can't be learned
+    ctc      the transcript, in English and Spanish
+    seq2seq  a small translation: speech in any of the five languages to the content words of the
+             English prompt. A word is kept if four or more of the prompts in train have it: a
+             rarer one can't be learned.
     pool     which of eight concepts the prompt mentions, in any of the five languages
 
-Your own: a TSV with a header row and columns `path`, `text` (ctc, seq2seq) or `label` (pool), and optionally `split` (train,
-valid, test; else drawn at random by seed 0, 70 / 10 / 20 % of the files, and about that of each
-label, which is in train in any case). Paths are absolute or relative to the TSV. Text is put into
-lower case.
+Your own data: a TSV with a header row and the columns
 
+    path     of a sound file, absolute or relative to the TSV
+    text     for ctc and seq2seq; it is put into lower case
+    label    for pool, one for each file
+    split    optional: train, valid or test
+
+Without a column split, 70 / 10 / 20 % of the files are drawn for them at random, by seed 0. For
+pool that holds for each label too, as nearly as possible, and every label is in train.
 """
 
 import csv
 import random
 import re
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from parts.asterisk import LANGUAGES
 from parts.data import SPLITS, Speech, from_files, load
 
-KINDS = {"ctc": "CER", "seq2seq": "WER", "pool": "accuracy"}
-CONCEPTS = {  # what an English prompt must contain to mention the concept; its other languages are taken to do so too
+KINDS = {"ctc": "CER", "seq2seq": "WER", "pool": "accuracy"}  # and the metric of each
+
+
+@dataclass
+class Task:
+    kind: str  # one of KINDS
+    metric: str  # CER, WER, accuracy or mAP; in superb.py also PER and slot-type F1
+    speech: Speech
+    # For each utterance: a list of symbols (ctc, seq2seq); and for pool a symbol, a set of symbols
+    # (mAP), or a list with a symbol for each group.
+    targets: list
+    splits: list[str]  # for each utterance: train, valid or test
+    symbols: list[str] = field(default_factory=list)  # that a head can answer
+    groups: tuple = ()  # pool: if several questions are asked, how many symbols answer each
+    second: str = ""  # a further metric to report on test
+
+    def indices(self, split: str) -> list[int]:
+        return [i for i, s in enumerate(self.splits) if s == split]
+
+
+def load_task(kind: str, data="asterisk", root="data", seed=0) -> Task:
+    """The task of that kind on data: "asterisk", which lies under root, or a TSV.
+
+    seed: of the splits, where a TSV has none. Raises ValueError, which names the line at fault,
+    before anything is computed.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown task {kind!r}, expected one of {', '.join(KINDS)}")
+    if data == "asterisk":
+        return asterisk_task(kind, root)
+    if not str(data).endswith(".tsv"):
+        raise ValueError(f"--data {data}: expected asterisk, or a file that ends in .tsv")
+    return tsv_task(kind, Path(data), seed)
+
+
+def make_task(kind, metric, speech, targets, splits, **more) -> Task:
+    """A task that can be trained and tested on; more: the further fields of Task.
+
+    Without symbols, they are those of the targets in train. Raises ValueError if a split is empty,
+    or a label of valid or test is not among the symbols.
+    """
+    task = Task(kind, metric, speech, targets, splits, **more)
+    for split in SPLITS:
+        if not task.indices(split):
+            raise ValueError(
+                f"no utterance is left for {split}: at least one each is needed for "
+                f"{', '.join(SPLITS)}. Without a column split they are drawn: that takes ten files "
+                "or more, and at least two more files than labels"
+            )
+    if not task.symbols:
+        in_train = set()
+        for i in task.indices("train"):
+            in_train |= symbols_of(targets[i])
+        task.symbols = sorted(in_train)
+    if kind == "pool":
+        for i in task.indices("valid") + task.indices("test"):
+            unseen = symbols_of(targets[i]) - set(task.symbols)
+            if unseen:
+                name = speech.utterances[i].path or speech.utterances[i].id
+                raise ValueError(
+                    f"label {unseen.pop()!r} of {name} ({splits[i]}) never occurs in train"
+                )
+    return task
+
+
+def symbols_of(target) -> set[str]:
+    """The symbols of a target of any kind."""
+    return {target} if isinstance(target, str) else set(target)
+
+
+# 1. The embedded corpus.
+
+# A prompt mentions a concept if its English version has one of these words. Its versions in other
+# languages are taken to mention it too.
+CONCEPTS = {
     "press a key": r"\b(press|dial|key)\b",
     "conference": r"\bconference\b",
     "message": r"\b(message|messages|mail|voicemail)\b",
@@ -39,189 +119,217 @@ CONCEPTS = {  # what an English prompt must contain to mention the concept; its 
     "person": r"\b(person|participants?|users?|leader|operator|agent)\b",
     "not": r"\b(not|no|cannot|can't|invalid|incorrect)\b",
 }
+
+# Left out of translations, which thus consist of content words.
 FUNCTION_WORDS = set(
-    "a an the to of in on at by for from with and or is are was were be been am has have had will would can this that "
-    "it its you your i i'm we our there when while who which if as so then now not no do does did".split()
+    "a an the to of in on at by for from with and or is are was were be been am has have had will "
+    "would can this that it its you your i i'm we our there when while who which if as so then now "
+    "not no do does did".split()
 )
+FEWEST_PROMPTS = 4  # of train that must have a word for it to be in translations
+
+
+def asterisk_task(kind, root) -> Task:
+    speech = load("asterisk", root)
+    split_of = {u.id: split for split in SPLITS for u in speech.part(split).utterances}
+    metric = KINDS[kind]
+    if kind == "ctc":
+        target_of = transcripts(speech)
+    elif kind == "seq2seq":
+        target_of = translations(speech, split_of)
+    else:
+        target_of = concepts(speech)
+        metric = "mAP"  # of a set of labels
+    kept = [u for u in speech.utterances if u.id in target_of]
+    targets = [target_of[u.id] for u in kept]
+    splits = [split_of[u.id] for u in kept]
+    return make_task(kind, metric, Speech(kept, sound=speech.sound), targets, splits)
+
+
+def prompt_of(utterance) -> str:
+    """Which prompt it is: the same in every language."""
+    return utterance.id.split("/", 1)[1]
+
+
+def english_texts(speech) -> dict[str, str]:
+    """The English text of each prompt that has one."""
+    return {prompt_of(u): u.text for u in speech.utterances if u.language == "en"}
+
+
+def transcripts(speech) -> dict[str, list[str]]:
+    """The characters of each English and Spanish utterance, by its id."""
+    return {u.id: list(u.text) for u in speech.utterances if u.language in ("en", "es") and u.text}
+
+
+def translations(speech, split_of) -> dict[str, list[str]]:
+    """The English content words of each utterance whose prompt is there in all languages."""
+    english = english_texts(speech)
+    languages = {}  # of each prompt
+    for u in speech.utterances:
+        languages.setdefault(prompt_of(u), set()).add(u.language)
+    complete = {prompt for prompt, found in languages.items() if len(found) == len(LANGUAGES)}
+
+    # Which groups of train have each word. A group is a prompt, or several with the same text.
+    groups_with = {}
+    for u in speech.utterances:
+        if u.language == "en" and split_of[u.id] == "train" and prompt_of(u) in complete:
+            for word in u.text.split():
+                groups_with.setdefault(word, set()).add(u.group)
+    frequent = {word for word, groups in groups_with.items() if len(groups) >= FEWEST_PROMPTS}
+    vocabulary = frequent - FUNCTION_WORDS
+
+    target_of = {}
+    for u in speech.utterances:
+        if prompt_of(u) in complete:
+            words = [word for word in english[prompt_of(u)].split() if word in vocabulary]
+            if words:
+                target_of[u.id] = words
+    return target_of
+
+
+def concepts(speech) -> dict[str, set[str]]:
+    """The concepts of each utterance whose prompt has an English version; there may be none."""
+    english = english_texts(speech)
+    target_of = {}
+    for u in speech.utterances:
+        if prompt_of(u) in english:
+            text = english[prompt_of(u)]
+            target_of[u.id] = {
+                name for name, pattern in CONCEPTS.items() if re.search(pattern, text)
+            }
+    return target_of
+
+
+# 2. A TSV.
 
 
 @dataclass
-class Task:
-    kind: str  # ctc, seq2seq or pool
-    metric: str  # CER, WER, accuracy or mAP; in superb.py also PER and slot-type F1
-    speech: Speech
-    targets: list  # for each utterance: a list of symbols (ctc, seq2seq), a symbol, one for each group, or a set (pool)
-    splits: list[str]  # for each utterance: train, valid or test
-    symbols: list[str]  # all that occur in train, or the whole data set's
-    groups: tuple = ()  # pool: how many of the symbols answer each of several questions; (): one question, or a set of symbols
-    second: str = ""  # a further metric to report on test
+class Row:
+    """A row of a TSV, checked."""
 
-    def indices(self, split: str) -> list[int]:
-        return [i for i, s in enumerate(self.splits) if s == split]
+    line: int  # its number in the TSV
+    path: str  # as the TSV has it
+    file: Path  # the sound file
+    answer: str  # its text or label
+    split: str  # "" if the TSV has no such column
 
 
-def load_task(kind: str, data="asterisk", root="data", seed=0) -> Task:
-    """The task of that kind on data: "asterisk" or a TSV. Raises ValueError, with the line at fault, before anything is computed."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown task {kind!r}, expected one of {', '.join(KINDS)}")
-    if data == "asterisk":
-        return _asterisk(kind, root)
-    if not str(data).endswith(".tsv"):
-        raise ValueError(f"--data {data}: expected asterisk, or a file that ends in .tsv")
-    return _tsv(kind, Path(data), seed)
+def tsv_task(kind, path, seed) -> Task:
+    rows = read_tsv(path, "label" if kind == "pool" else "text")
+    splits = splits_of(rows, kind, seed)
+    check_one_side(path, rows, splits)
+
+    # A file that can't be used is named and left out. The id says which row an utterance is of.
+    entries = [(row.file, str(n), row.path, row.answer) for n, row in enumerate(rows)]
+    speech = from_files(entries, held_out=(0.1, 0.2), where=path, cut=False)
+    left = [int(u.id) for u in speech.utterances]
+    targets = [target_from(kind, rows[n].answer) for n in left]
+    return make_task(kind, KINDS[kind], speech, targets, [splits[n] for n in left])
 
 
-def _asterisk(kind, root):
-    speech = load("asterisk", root)
-    split_of = {u.id: split for split in SPLITS for u in speech.part(split).utterances}
-    prompt = lambda u: u.id.split("/", 1)[1]
-    english = {prompt(u): u.text for u in speech.utterances if u.language == "en"}
-    languages = {}
-    for u in speech.utterances:
-        languages.setdefault(prompt(u), set()).add(u.language)
-    in_all = lambda u: len(languages[prompt(u)]) == 5
-    said = {
-        (u.group, w)
-        for u in speech.utterances
-        if u.language == "en" and split_of[u.id] == "train" and in_all(u)
-        for w in u.text.split()
-    }
-    prompts = Counter(word for _, word in said)  # how many have it
-    kept, targets = [], []
-    for u in speech.utterances:
-        if kind == "ctc" and u.language in ("en", "es"):
-            target = list(u.text)
-        elif kind == "seq2seq" and in_all(u):
-            target = [
-                w for w in english[prompt(u)].split() if prompts[w] >= 4 and w not in FUNCTION_WORDS
-            ]
-        elif kind == "pool" and prompt(u) in english:
-            target = {
-                name for name, pattern in CONCEPTS.items() if re.search(pattern, english[prompt(u)])
-            }
-        else:
-            continue
-        if target or kind == "pool":
-            kept.append(u)
-            targets.append(target)
-    metric = "mAP" if kind == "pool" else KINDS[kind]
-    return make_task(
-        kind, metric, Speech(kept, sound=speech.sound), targets, [split_of[u.id] for u in kept]
-    )
-
-
-def _tsv(kind, path, seed):
-    column = "label" if kind == "pool" else "text"
+def read_tsv(path, column) -> list[Row]:
+    """The rows of a TSV whose answers are in `column`. Raises ValueError if anything is wrong."""
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            numbered = [(reader.line_num, row) for row in reader]
+            numbered = [(reader.line_num, cells) for cells in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a TSV in UTF-8 ({error})") from None
-    rows = [row for _, row in numbered]
-    missing = {"path", column} - set(rows[0] if rows else ())
+    if not numbered:
+        raise ValueError(f"{path}: no rows under a header")
+    _, first = numbered[0]
+    missing = {"path", column} - set(first)
     if missing:
         raise ValueError(
-            f"{path}: "
-            + (
-                f"no column {', '.join(sorted(missing))} in its header; columns are separated by tabs"
-                if rows
-                else "no rows under a header"
-            )
+            f"{path}: no column {', '.join(sorted(missing))} in its header; "
+            "columns are separated by tabs"
         )
-    for number, row in numbered:
-        if not row["path"] or not (row[column] or "").strip():
-            raise ValueError(f"{path}, line {number}: path or {column} is empty")
-        if not (path.parent / row["path"]).is_file():
-            raise ValueError(f"{path}, line {number}: no such file: {path.parent / row['path']}")
-        if row.get("split", "train") not in SPLITS:
-            raise ValueError(
-                f"{path}, line {number}: split is {row['split']!r}, expected one of {', '.join(SPLITS)}"
-            )
-    files = [str((path.parent / row["path"]).resolve()) for row in rows]
-    if "split" in rows[0]:
-        splits = [row["split"] for row in rows]
-    elif kind == "pool":
-        splits = draw_splits_by_label(files, [row[column].strip() for row in rows], seed)
-    else:
-        splits = draw_splits(files, seed)
+    return [check_row(path, line, cells, column) for line, cells in numbered]
+
+
+def check_row(path, line, cells: dict, column) -> Row:
+    """cells: what is in each column; None, if the line is too short to have it."""
+    where = f"{path}, line {line}"
+    answer = (cells[column] or "").strip()
+    if not cells["path"] or not answer:
+        raise ValueError(f"{where}: path or {column} is empty")
+    file = path.parent / cells["path"]
+    if not file.is_file():
+        raise ValueError(f"{where}: no such file: {file}")
+    split = cells.get("split", "")
+    if "split" in cells and split not in SPLITS:
+        raise ValueError(f"{where}: split is {split!r}, expected one of {', '.join(SPLITS)}")
+    return Row(line, cells["path"], file, answer, split)
+
+
+def splits_of(rows, kind, seed) -> list[str]:
+    """The split of each row: its own, or drawn."""
+    if rows[0].split:
+        return [row.split for row in rows]
+    files = [str(row.file.resolve()) for row in rows]
+    if kind == "pool":
+        return draw_splits_by_label(files, [row.answer for row in rows], seed)
+    return draw_splits(files, seed)
+
+
+def check_one_side(path, rows, splits):
+    """Raise ValueError if a file that is listed twice is in two splits."""
     side = {}
-    for (number, row), file, split in zip(numbered, files, splits):
-        if side.setdefault(file, split) != split:
-            raise ValueError(
-                f"{path}, line {number}: {row['path']} is in {split} and in {side[file]}"
-            )
-    speech = from_files(
-        [
-            (path.parent / row["path"], str(n), row["path"], row[column].strip())
-            for n, row in enumerate(rows)
-        ],
-        held_out=(0.1, 0.2),
-        where=path,
-        cut=False,
-    )
-    rows_left = [
-        int(u.id) for u in speech.utterances
-    ]  # a file that can't be used was named and left out
-    texts = [u.text for u in speech.utterances]
-    targets = (
-        texts
-        if kind == "pool"
-        else [t.lower().split() if kind == "seq2seq" else list(t.lower()) for t in texts]
-    )
-    return make_task(kind, KINDS[kind], speech, targets, [splits[n] for n in rows_left])
+    for row, split in zip(rows, splits):
+        before = side.setdefault(row.file.resolve(), split)
+        if before != split:
+            raise ValueError(f"{path}, line {row.line}: {row.path} is in {split} and in {before}")
 
 
-def draw_splits(paths, seed):
-    """70 / 10 / 20 % of the files, at random; a file listed twice stays on one side."""
+def target_from(kind, answer):
+    """The target that a text or label stands for."""
+    if kind == "pool":
+        return answer
+    text = answer.lower()
+    return text.split() if kind == "seq2seq" else list(text)
+
+
+# 3. Splits for a TSV without any.
+
+
+def draw_splits(paths, seed) -> list[str]:
+    """The split of each path: 70 / 10 / 20 % of the files, at random.
+
+    A file listed twice stays on one side.
+    """
     files = sorted(set(paths))
     random.Random(seed).shuffle(files)
     tenth = max(1, round(len(files) / 10))
-    side = {
-        f: "valid" if k < tenth else "test" if k < 3 * tenth else "train"
-        for k, f in enumerate(files)
-    }
-    return [side[p] for p in paths]
+    side = dict.fromkeys(files, "train")
+    side |= dict.fromkeys(files[: 3 * tenth], "test")
+    side |= dict.fromkeys(files[:tenth], "valid")
+    return [side[path] for path in paths]
 
 
-def draw_splits_by_label(paths, labels, seed):
-    """70 / 10 / 20 % of the files, and about that of each label, at random; but the first file of a
-    label is for train. A file listed twice stays on one side, and its first label counts."""
+def draw_splits_by_label(paths, labels, seed) -> list[str]:
+    """The split of each path: 70 / 10 / 20 % of the files, and about that of each label, at random.
+
+    One file of each label is in train in any case. A file listed twice stays on one side, and its
+    first label counts.
+    """
     label_of = {}
     for path, label in zip(paths, labels):
         label_of.setdefault(path, label)
+
+    # Label by label, and within a label at random.
     files = sorted(label_of)
     random.Random(seed).shuffle(files)
-    files.sort(key=label_of.get)  # label by label, each as shuffled
+    files.sort(key=label_of.get)
+
+    # The first file of each label is for train. From the others, 30 % of all files are taken at
+    # equal distances, so that every label gives its share; every third of them is for validation.
+    others = [file for before, file in zip(files, files[1:]) if label_of[file] == label_of[before]]
+    tenth = max(1, round(len(files) / 10))
+    held_out = min(len(others), 3 * tenth)
     side = dict.fromkeys(files, "train")
-    others = [f for before, f in zip(files, files[1:]) if label_of[f] == label_of[before]]
-    held_out = min(len(others), 3 * max(1, round(len(files) / 10)))
-    for k in range(held_out):  # at equal distances
-        side[others[k * len(others) // held_out]] = "valid" if k % 3 == 0 else "test"
-    return [side[p] for p in paths]
-
-
-def make_task(kind, metric, speech, targets, splits, symbols=(), **more) -> Task:
-    """Checked: every split has an utterance, and every label is in train. symbols: if they are to be others than those of train."""
-    task = Task(kind, metric, speech, targets, splits, list(symbols), **more)
-    for split in SPLITS:
-        if not task.indices(split):
-            raise ValueError(
-                f"no utterance is left for {split}: at least one each is needed for {', '.join(SPLITS)}. "
-                "Without a column split they are drawn: that takes ten files or more, "
-                "and at least two more files than labels"
-            )
-    symbols_of = lambda target: {target} if isinstance(target, str) else set(target)
-    task.symbols = task.symbols or sorted(
-        set().union(*(symbols_of(targets[i]) for i in task.indices("train")))
-    )
-    if kind == "pool":
-        for i in task.indices("valid") + task.indices("test"):
-            unseen = symbols_of(targets[i]) - set(task.symbols)
-            if unseen:
-                raise ValueError(
-                    f"label {unseen.pop()!r} of {speech.utterances[i].path or speech.utterances[i].id} ({splits[i]}) never occurs in train"
-                )
-    return task
+    for k in range(held_out):
+        file = others[k * len(others) // held_out]
+        side[file] = "valid" if k % 3 == 0 else "test"
+    return [side[path] for path in paths]
