@@ -1,33 +1,48 @@
-"""Downstream tasks at any rate: a small head on the frozen encoder, trained to a plateau, at each λ and seed asked for.
+"""Downstream tasks at any rate: a small head on the frozen encoder, at each λ and seed asked for.
 
-    what is heard of an utterance at λ (heard.py) ─ head (heads.py) ─ symbols or labels (tasks.py)
+    hidden states of an utterance at λ ─ head ─ symbols of a text, or labels
+    (parts/cache.py)                     (parts/heads.py)  (parts/tasks.py, parts/superb.py)
 
-Tasks are in tasks.py, those of SUPERB in superb.py. Baselines have the same head and hear something else (--features). An
-utterance that λ makes too short for its text under CTC is counted (infeasible) and scored like any other.
-A score that is no better than guessing is printed with a warning.
+The encoder runs once at each λ, and its hidden states are kept. A head is trained on them until the
+validation split says stop, and tested as it was at its best epoch. So every rate gets a head of its
+own, trained to its plateau, and the curve over λ compares rates, not hours of training.
 
-Every point, one λ and one seed, is a JSON file in --out with configuration, metric and cost. A point that is there is not
-computed again, so a sweep goes on where it was stopped; a file of another configuration is refused.
+Baselines get the same head, and other features in the encoder's place (--features). An utterance
+that λ makes too short for its text under CTC can't be transcribed in full: such utterances are
+counted (infeasible_test), and scored like any other. A score that is no better than guessing is
+printed with a warning.
 
-Source: the protocol of SUPERB (Yang et al., Interspeech 2021); the curve over λ: Chen, Meng and Lee, ICASSP 2023.
+One λ and one seed make a *point*: a JSON file in --out with configuration, scores and cost (see
+parts/runs.py). A point that exists is not computed again, so a sweep goes on where it was stopped;
+a file of another configuration is refused.
 
-    python finetune.py                                                       characters with checkpoints/ofa-tiny.pt at λ = 0, in a minute or two
-    python finetune.py --checkpoint runs/demo/encoder.pt --task ctc --lam 0 0.5 1 --seeds 3 --out runs/ctc
-    python finetune.py --checkpoint runs/demo/encoder.pt --task pool --data my.tsv --save-heads      then predict.py labels recordings
+Sources: the protocol: Yang et al., "SUPERB: Speech processing universal performance benchmark",
+Interspeech 2021. The curve over λ: Chen, Meng and Lee, "Once-for-all sequence compression for
+self-supervised speech models", ICASSP 2023.
+
+    python finetune.py                          characters at λ = 0, by checkpoints/ofa-tiny.pt
+    python finetune.py --task ctc --lam 0 0.5 1 --seeds 3 --out runs/ctc
+    python finetune.py --task pool --data my.tsv --save-heads --out runs/mine
+    python -m extras.predict runs/mine/pool-encoder-lam0-seed0.pt new.wav
     python finetune.py --checkpoint runs/base/encoder.pt --task asr --head superb --data my/corpora
 """
 
+import parts  # noqa: F401  before torch: it sets how the threads of torch wait
+
+# isort: split
 import argparse
 import copy
 import hashlib
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchaudio
 from torch import nn
+from torchaudio.functional import edit_distance
 from tqdm import tqdm
 
 from ofa_encoder import OFAEncoder, check_lam
@@ -50,11 +65,22 @@ from parts.runs import (
 from parts.superb import SUPERB, SUPERB_METRICS, load_superb
 from parts.tasks import KINDS, Task, load_task
 
+BATCH = 16  # utterances in a step
+MAX_GRADIENT_NORM = 5.0
+WEIGHT_DECAY = 0.01
+
+# Flags that are not in a point's configuration: they say where it is computed, not what. (λ and
+# the seed are put there one by one; --keep and --save-heads do not change the scores.)
+NOT_IN_CONFIG = {"lam", "seeds", "seed", "out", "root", "device", "keep", "save_heads"}
+
+
+# 1. The command line.
+
 
 def build_parser(
     description="Train a head on the encoder at each λ and seed.", lam="each λ to train a head at"
 ):
-    """The flags, which adaptive_lambda.py adds to."""
+    """The parser of the flags; adaptive_lambda.py adds its own. lam: help for --lam."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -68,27 +94,16 @@ def build_parser(
         "--task",
         choices=[*KINDS, *SUPERB],
         default="ctc",
-        help="what to predict: see tasks.py and superb.py",
+        help="what to predict: see parts/tasks.py and parts/superb.py",
     )
     add(
         "--data",
-        help="asterisk (the default), or a TSV with columns path, text or label, and optionally split; for SUPERB's tasks a folder with "
-        "the data set, by default that of --root",
+        help="asterisk (the default), or a TSV with columns path, text or label, and optionally "
+        "split; for SUPERB's tasks a folder with the data set, by default that of --root",
     )
     add("--root", default="data", help="folder of the embedded corpus")
-    add(
-        "--fold",
-        type=int,
-        choices=range(1, 6),
-        default=1,
-        help="session of IEMOCAP that er is tested on",
-    )
-    add(
-        "--features",
-        choices=FEATURES,
-        default="encoder",
-        help="what the head hears: the encoder, or a baseline",
-    )
+    add("--fold", type=int, choices=range(1, 6), default=1, help="IEMOCAP's test session, for er")
+    add("--features", choices=FEATURES, default="encoder", help="the head's input, or a baseline's")
     add("--lam", type=float, nargs="+", default=[0.0], help=lam)
     add("--seeds", type=int, default=1, help="heads for each λ")
     add("--seed", type=int, default=0, help="of the first of them; the next ones count up")
@@ -96,14 +111,15 @@ def build_parser(
         "--keep",
         choices=("memory", "nothing"),
         default="memory",
-        help="what is heard is computed once and kept, or at every batch",
+        help="where hidden states are kept; nothing: they are computed for every batch",
     )
+    add("--unfreeze", action="store_true", help="train the encoder too (slow: nothing is kept)")
     add(
-        "--unfreeze",
-        action="store_true",
-        help="train the encoder too (slow: nothing is kept between epochs)",
+        "--head",
+        choices=("blstm", "linear", "superb"),
+        default="blstm",
+        help="network under CTC: see parts/heads.py",
     )
-    add("--head", choices=("blstm", "linear", "superb"), default="blstm", help="what CTC stands on")
     add("--symbols-per-token", type=int, default=1, help="symbols that a token may emit under CTC")
     add("--ctc-weight", type=float, default=0.3, help="part of a joint CTC loss in seq2seq, 0 to 1")
     add("--beam", type=int, default=1, help="hypotheses of seq2seq; 1: greedy")
@@ -114,108 +130,274 @@ def build_parser(
         default=12,
         help="epochs without a better validation score or loss before it stops",
     )
-    add("--batch", type=int, default=16, help="utterances")
     add("--lr", type=float, default=2e-3, help="of the head; halved after a third of the patience")
     add("--encoder-lr", type=float, default=1e-4, help="of the encoder, with --unfreeze")
     add(
         "--precision",
         choices=("auto", "bf16", "fp32"),
         default="auto",
-        help="in training: see pretrain.py",
+        help="of training; auto: bf16 autocast on CUDA, fp32 elsewhere",
     )
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
-        default="auto",
-        help="auto: the best there is",
-    )
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the best")
     add("--out", default="runs/finetune", help="folder for the points")
     add(
         "--save-heads",
         action="store_true",
-        help="keep each head, with its encoder, as a .pt beside its point: predict.py uses it",
+        help="keep each head, with its encoder, as a .pt beside its point, for extras.predict",
     )
     return parser
 
 
 def check(args):
-    """Refuse values that can't be; settle the data, whose default depends on the task, and the device."""
-    args.data = args.data or (args.root if args.task in SUPERB else "asterisk")
+    """Refuse flags that can't be met, by ValueError, before any work.
+
+    Settles the data, whose default depends on the task, and the device.
+    """
+    if not args.data:
+        args.data = args.root if args.task in SUPERB else "asterisk"
+    device = pick_device(args.device)
+    use_bf16(args, device)  # refuses what the device can't do
+    args.device = device.type
+
     for lam in args.lam:
         check_lam(lam)
-    args.device = pick_device(args.device).type
-    if args.features in ("logmel", "deaf") and any(args.lam):
-        raise ValueError(f"--lam is for the encoder; --features {args.features} has no λ")
-    if args.save_heads and args.features in ("logmel", "deaf"):
-        raise ValueError(
-            f"--save-heads keeps a head with its encoder; --features {args.features} has none"
-        )
-    if args.unfreeze and args.features not in ("encoder", "random"):
-        raise ValueError(f"--unfreeze trains an encoder; --features {args.features} has none")
-    check_numbers(
-        args,
-        "seeds",
-        "symbols_per_token",
-        "beam",
-        "epochs",
-        "patience",
-        "batch",
-        "lr",
-        "encoder_lr",
-    )
+    if args.features in ("logmel", "deaf"):
+        if any(args.lam):
+            raise ValueError(f"--lam is for the encoder; --features {args.features} has no λ")
+        if args.save_heads:
+            raise ValueError(
+                f"--save-heads keeps a head with its encoder; --features {args.features} has none"
+            )
+        if args.unfreeze:
+            raise ValueError(f"--unfreeze trains an encoder; --features {args.features} has none")
+    check_numbers(args, "seeds", "symbols_per_token", "beam", "epochs", "patience")
+    check_numbers(args, "lr", "encoder_lr")
     check_numbers(args, "seed", zero=True)
     if not 0 <= args.ctc_weight < 1:
         raise ValueError(f"--ctc-weight is {args.ctc_weight}, expected 0 <= weight < 1")
 
 
+# 2. Scores: what a head's predictions are worth.
+
+
 def score(task: Task, predicted: list, targets: list, metric="") -> float:
-    """The task's metric in %, of predictions (heads.py) for targets (lists of symbol numbers, -1 for one that is not in train);
-    or another metric that the task has."""
+    """The task's metric, or another one that it has, in %.
+
+    predicted: what a head's `predict` returns, for each utterance symbol numbers (ctc, seq2seq) or
+    the scores of all labels (pool). targets: lists of symbol numbers, -1 for a symbol that train
+    does not have.
+    """
     metric = metric or task.metric
-    if task.kind == "ctc" and metric in SUPERB_METRICS:
-        spell = lambda numbers: [task.symbols[s] if s >= 0 else "\0" for s in numbers]
+    if task.kind == "pool":
+        scores = torch.stack(predicted).numpy()  # (N, labels)
+        if metric == "accuracy":
+            return 100 * accuracy(scores, targets, task.groups)
+        return 100 * mean_average_precision(scores, targets)
+
+    if task.kind == "ctc" and metric in SUPERB_METRICS:  # these need the symbols, not their numbers
         return 100 * SUPERB_METRICS[metric](
-            [spell(p) for p in predicted], [spell(t) for t in targets]
+            [to_symbols(task, numbers) for numbers in predicted],
+            [to_symbols(task, numbers) for numbers in targets],
         )
-    if task.kind != "pool":
-        edits = sum(torchaudio.functional.edit_distance(p, t) for p, t in zip(predicted, targets))
-        return 100 * edits / sum(map(len, targets))
-    scores = torch.stack(predicted).numpy()  # (N, symbols)
-    if metric == "accuracy":  # of several questions, all must be answered right
-        starts = np.cumsum([0, *task.groups[:-1]])
-        answers = [part.argmax(1) for part in np.split(scores, starts[1:], 1)]
-        return 100 * float(np.mean((np.stack(answers, 1) + starts == np.array(targets)).all(1)))
-    wanted = np.array([[s in t for s in range(scores.shape[1])] for t in targets])
-    return 100 * float(
-        np.mean(
-            [
-                average_precision(scores[:, s], wanted[:, s])
-                for s in range(scores.shape[1])
-                if wanted[:, s].any()
-            ]
-        )
-    )
+
+    # Error rates of symbols (CER, PER, WER): edits from prediction to target, per symbol of target.
+    edits = sum(edit_distance(p, t) for p, t in zip(predicted, targets))
+    return 100 * edits / sum(len(t) for t in targets)
+
+
+def to_symbols(task, numbers) -> list[str]:
+    """The symbols of these numbers; a null character, which no text has, for one not in train."""
+    return [task.symbols[number] if number >= 0 else "\0" for number in numbers]
+
+
+def accuracy(scores, targets, groups) -> float:
+    """Part of the utterances whose label scores highest: scores (N, labels), targets N lists.
+
+    With several questions, each has its own group of labels, and all must be answered right.
+    """
+    starts = np.cumsum([0, *groups[:-1]])  # the first label of each group
+    of_each_group = np.split(scores, starts[1:], 1)
+    answers = np.stack([group.argmax(1) for group in of_each_group], 1) + starts  # (N, groups)
+    return float(np.mean((answers == np.array(targets)).all(1)))
+
+
+def mean_average_precision(scores, targets) -> float:
+    """Mean of average_precision over the labels that occur: scores (N, labels), targets N lists."""
+    precisions = []
+    for label in range(scores.shape[1]):
+        wanted = np.array([label in labels for labels in targets])
+        if wanted.any():
+            precisions.append(average_precision(scores[:, label], wanted))
+    return float(np.mean(precisions))
 
 
 def average_precision(scores, wanted):
-    """Mean, over the wanted ones, of the precision among all that score at least as high."""
+    """Mean, over the wanted ones, of the precision among all that score at least as high.
+
+    scores (N,), wanted (N,) of bool.
+    """
     as_high = scores >= scores[wanted][:, None]  # (wanted, all)
     return ((as_high & wanted).sum(1) / as_high.sum(1)).mean()
 
 
 def guessing(task: Task, predicted: list, targets: list) -> float:
-    """What guessing reaches on these utterances. The head's answers are dealt out among them at
-    random: they are as long and as frequent as before, but whose they are is lost. A head that
-    has learned only which answers are common scores the same. Best of 20 deals."""
-    generator = np.random.default_rng(0)
+    """The score that guessing reaches on these utterances.
+
+    The head's answers are dealt out among the utterances at random: they are as long and as
+    frequent as before, but whose they are is lost. A head that has learned only which answers are
+    common scores the same. Best of 20 deals.
+    """
+    random = np.random.default_rng(0)
     scores = []
     for _ in range(20):
-        order = generator.permutation(len(predicted))
+        order = random.permutation(len(predicted))
         scores.append(score(task, [predicted[k] for k in order], targets))
     return max(scores) if task.metric in HIGHER_IS_BETTER else min(scores)
 
 
+# 3. One head, from its first step to its test score.
+
+
+@dataclass
+class Lesson:
+    """One head in training: what it learns, from which hidden states, and what learns."""
+
+    task: Task
+    targets: list[list[int]]  # symbol numbers of each utterance; -1: a symbol not in train
+    order: dict[str, list[int]]  # the utterances of each split, by length
+    source: HiddenStateCache | TrainableSource  # of hidden states
+    trainable: TrainableSource  # the source, or an empty one if nothing in it is trained
+    head: nn.Module
+    model: nn.Module  # all that is trained: head and trainable
+
+    def batches(self, split) -> list[list[int]]:
+        """Utterances of similar length, BATCH at a time."""
+        order = self.order[split]
+        return [order[k : k + BATCH] for k in range(0, len(order), BATCH)]
+
+
+class Measured(NamedTuple):
+    """How a head does on one split."""
+
+    loss: float
+    score: float
+    infeasible: int  # utterances that are too short for their text under CTC
+    predicted: list  # of each utterance, in the order of Lesson.order
+
+
+@dataclass
+class Progress:
+    """The best epoch so far, and how many epochs ago anything last improved."""
+
+    score: float | None = None  # on the validation split
+    epoch: int = 0
+    weights: dict | None = None
+    lowest_loss: float = float("inf")
+    stale: int = 0
+
+    def update(self, epoch, valid: Measured, lesson):
+        # A loss may fall for longer than the score improves, or the other way round. An epoch is
+        # stale if neither did.
+        self.stale += 1
+        if valid.loss < self.lowest_loss:
+            self.lowest_loss = valid.loss
+            self.stale = 0
+        if self.score is None or better(lesson.task.metric, valid.score, self.score):
+            self.score = valid.score
+            self.epoch = epoch
+            self.weights = copy.deepcopy(lesson.model.state_dict())
+            self.stale = 0
+
+
+def train(args, task: Task, source: HiddenStateCache | TrainableSource, seed):
+    """Train a head on the source's hidden states until the validation split says stop; test it.
+
+    A TrainableSource is trained with it. Both are tested as they were after the epoch with the best
+    validation score. Returns the part of a point that says how it went, and the head. Raises
+    FloatingPointError if a gradient is not finite.
+    """
+    torch.manual_seed(seed)
+    lesson = make_lesson(args, task, source)
+    optimizer, schedule = make_optimizer(args, lesson)
+    random = np.random.default_rng(seed)  # of the order of batches
+    progress = Progress()
+    history = []
+    bar = tqdm(range(args.epochs), desc=f"seed {seed}", unit=" epochs", leave=False)
+    for epoch in bar:
+        try:
+            train_loss = train_epoch(args, lesson, optimizer, random)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"seed {seed}, epoch {epoch + 1}: {error}") from None
+        valid = measure(lesson, "valid")
+        watched = lesson.trainable.watch()  # λ, if it is learned
+        losses = {"train_loss": train_loss, "valid_loss": valid.loss, "valid": valid.score}
+        history.append({**losses, **watched})
+
+        # The learning rate is halved before patience runs out: perhaps smaller steps help.
+        schedule.step(valid.loss)
+        progress.update(epoch, valid, lesson)
+        bar.set_postfix_str(
+            f"valid {task.metric} {valid.score:.1f} %, best {progress.score:.1f} %, "
+            f"loss {valid.loss:.3f}"
+        )
+        if progress.stale >= args.patience:
+            break
+
+    best, best_epoch = progress.score, progress.epoch
+    if lesson.trainable.keep_last:
+        best, best_epoch = valid.score, epoch
+    else:
+        lesson.model.load_state_dict(progress.weights)
+    point = {
+        **final_test(lesson),
+        "valid": best,
+        "epochs": epoch + 1,
+        "best_epoch": best_epoch + 1,
+        "bf16": use_bf16(args, torch.device(args.device)),
+        "history": history,
+    }
+    return point, lesson.head
+
+
+def make_lesson(args, task, source) -> Lesson:
+    """A new head, and all that it is trained with."""
+    number = {symbol: k for k, symbol in enumerate(task.symbols)}
+    targets = []
+    for target in task.targets:
+        symbols = [target] if isinstance(target, str) else target  # one label, or several symbols
+        targets.append([number.get(symbol, -1) for symbol in symbols])
+
+    # Utterances of similar length share a batch, so that little of it is padding.
+    def samples(i):
+        return task.speech.utterances[i].samples
+
+    order = {split: sorted(task.indices(split), key=samples) for split in SPLITS}
+
+    # Some dimensions of an encoder hardly move around a large mean. The head starts with mean 0 and
+    # variance 1 in each, over the tokens of this encoder at this λ.
+    trainable = source if isinstance(source, TrainableSource) else TrainableSource()
+    trainable.eval()
+    sample = sample_states(task, source)
+    head = build_head(args, task, sample.shape[0], sample.shape[2]).to(args.device)
+    head.mix.standardise(sample)
+    model = nn.ModuleList([head, trainable])
+    return Lesson(task, targets, order, source, trainable, head, model)
+
+
+@torch.no_grad()
+def sample_states(task, source):
+    """Hidden states of all tokens of some 200 training utterances: (L + 1, tokens, D)."""
+    train = task.indices("train")
+    some = train[:: max(1, len(train) // 200)]
+    rows = []
+    for k in range(0, len(some), BATCH):
+        states, lengths = source(some[k : k + BATCH])
+        rows += [row[:, :n] for row, n in zip(states, lengths)]  # (L + 1, T, D), without padding
+    return torch.cat(rows, 1)
+
+
 def build_head(args, task, layers, dim):
+    """A new head for the task. layers (L + 1), dim (D): of the hidden states."""
     sizes = {"layers": layers, "dim": dim, "symbols": len(task.symbols)}
     if task.kind == "ctc":
         sizes |= {"shape": args.head, "symbols_per_token": args.symbols_per_token}
@@ -225,197 +407,172 @@ def build_head(args, task, layers, dim):
     else:
         sizes |= {"multi_label": task.metric == "mAP", "groups": list(task.groups)}
     head = HEADS[task.kind](**sizes)
-    head.sizes = sizes  # predict.py builds it anew from these
+    head.sizes = sizes  # extras/predict.py builds it anew from these
     return head
 
 
-def save_head(path, head, encoder, lam, task):
-    """All that predict.py needs: the head, its encoder and λ, and how to spell the answer."""
-    spelling = {
-        "kind": task.kind,
-        "symbols": task.symbols,
-        "between": "" if task.kind == "ctc" and task.metric != "PER" else " ",
-    }
-    save(
-        {
-            **encoder.checkpoint(),
-            "lam": lam,
-            "head": head.state_dict(),
-            "sizes": head.sizes,
-            **spelling,
-        },
-        path,
-    )
-
-
-def train(args, task: Task, heard: HiddenStateCache | TrainableSource, seed):
-    """Train a head on what is heard, and a TrainableSource with it, until the validation split says stop; test it as it was at the
-    epoch with the best validation score. Returns the part of a point that says how it went, and the head."""
-    torch.manual_seed(seed)
-    number = {s: k for k, s in enumerate(task.symbols)}
-    targets = [
-        [number.get(s, -1) for s in ([t] if isinstance(t, str) else t)] for t in task.targets
-    ]
-    learner = heard if isinstance(heard, TrainableSource) else TrainableSource()
-    with torch.no_grad():
-        learner.eval()
-        some = task.indices("train")[:: max(1, len(task.indices("train")) // 200)]
-        some = [heard(some[k : k + args.batch]) for k in range(0, len(some), args.batch)]
-        rows = torch.cat(
-            [h[:, :n] for hidden, lengths in some for h, n in zip(hidden, lengths)], 1
-        )  # (L + 1, tokens, D)
-    head = build_head(args, task, rows.shape[0], rows.shape[2]).to(args.device)
-    head.mix.standardise(rows)
-    trained = nn.ModuleList([head, learner])
-    groups = [{"params": head.parameters()}, *learner.groups]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01)
-    slower = torch.optim.lr_scheduler.ReduceLROnPlateau(
+def make_optimizer(args, lesson):
+    """AdamW over all that is trained, and the rule by which the learning rate falls."""
+    groups = [{"params": lesson.head.parameters()}, *lesson.trainable.groups]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer,
         factor=0.5,
         patience=max(1, args.patience // 3),
         min_lr=[group.get("min_lr", 0.0) for group in groups],
     )
+    return optimizer, schedule
+
+
+def train_epoch(args, lesson, optimizer, random) -> float:
+    """One pass over the training split; returns its mean loss."""
     bf16 = use_bf16(args, torch.device(args.device))
-    splits = {
-        split: sorted(task.indices(split), key=lambda i: task.speech.utterances[i].samples)
-        for split in SPLITS
-    }
+    lesson.model.train()
+    batches = lesson.batches("train")
+    mean_loss = 0.0
+    for k in random.permutation(len(batches)):
+        batch = batches[k]
+        with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
+            states, lengths = lesson.source(batch)
+            loss = lesson.head.loss(states, lengths, [lesson.targets[i] for i in batch])
+            loss = loss + lesson.trainable.cost  # the price of tokens, if λ is learned
+        optimizer.zero_grad()
+        loss.backward()
 
-    def batches(split):
-        rows = splits[split]
-        return [rows[k : k + args.batch] for k in range(0, len(rows), args.batch)]
-
-    @torch.no_grad()
-    def measure(split):
-        trained.eval()
-        loss, predicted, wanted, infeasible = 0.0, [], [], 0
-        for batch in batches(split):
-            hidden, lengths = heard(batch)
-            wanted += [targets[i] for i in batch]
-            known = [[s for s in targets[i] if s >= 0] for i in batch]
-            loss += (
-                (head.loss(hidden, lengths, known).item() + float(learner.cost))
-                * len(batch)
-                / len(splits[split])
+        # A gradient that is not finite would spoil the weights: stop before it is used.
+        norm = nn.utils.clip_grad_norm_(lesson.model.parameters(), MAX_GRADIENT_NORM)
+        if not norm.isfinite():
+            ids = [lesson.task.speech.utterances[i].id for i in batch]
+            raise FloatingPointError(
+                f"loss {loss.item()}, gradient {norm.item()}, utterances {ids}; try a smaller --lr"
             )
-            predicted += head.predict(hidden, lengths)
-            infeasible += head.infeasible(lengths, known) if task.kind == "ctc" else 0
-        return loss, score(task, predicted, wanted), infeasible, predicted
+        optimizer.step()
+        mean_loss += loss.item() / len(batches)
+    return mean_loss
 
-    best, lowest, stale, kept, history = None, float("inf"), 0, None, []
-    generator = np.random.default_rng(seed)
-    bar = tqdm(range(args.epochs), desc=f"seed {seed}", unit=" epochs", leave=False)
-    for epoch in bar:
-        trained.train()
-        shuffled, train_loss = batches("train"), 0.0
-        for k in generator.permutation(len(shuffled)):
-            with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
-                hidden, lengths = heard(shuffled[k])
-                loss = head.loss(hidden, lengths, [targets[i] for i in shuffled[k]]) + learner.cost
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(trained.parameters(), 5.0)
-            if not norm.isfinite():
-                raise FloatingPointError(
-                    f"seed {seed}, epoch {epoch + 1}: loss {loss.item()}, gradient {norm.item()}, utterances "
-                    f"{[task.speech.utterances[i].id for i in shuffled[k]]}; try a smaller --lr"
-                )
-            optimizer.step()
-            train_loss += loss.item() / len(shuffled)
-        valid_loss, valid, _, _ = measure("valid")
-        history.append(
-            {"train_loss": train_loss, "valid_loss": valid_loss, "valid": valid, **learner.watch()}
-        )
-        slower.step(valid_loss)
-        stale += 1
-        if valid_loss < lowest:
-            lowest, stale = valid_loss, 0
-        if best is None or better(task.metric, valid, best):
-            best, stale, kept = valid, 0, (copy.deepcopy(trained.state_dict()), epoch)
-        bar.set_postfix_str(
-            f"valid {task.metric} {valid:.1f} %, best {best or valid:.1f} %, loss {valid_loss:.3f}"
-        )
-        if stale >= args.patience:
-            break
-    if learner.keep_last:
-        best, kept = valid, (trained.state_dict(), epoch)
-    trained.load_state_dict(kept[0])
-    _, result, infeasible, predicted = measure("test")
-    infeasible_train = (
-        0
-        if task.kind != "ctc"
-        else sum(
-            head.infeasible(heard(batch)[1], [targets[i] for i in batch])
-            for batch in batches("train")
-        )
-    )
-    join = "".join if task.kind == "ctc" and task.metric != "PER" else " ".join
-    examples = (
-        []
-        if task.kind == "pool"
-        else [
-            {"wanted": join(task.targets[i]), "predicted": join(task.symbols[s] for s in p)}
-            for i, p in zip(splits["test"][::40], predicted[::40])
-        ]
-    )
-    wanted = [targets[i] for i in splits["test"]]
-    second = {}
+
+@torch.no_grad()
+def measure(lesson, split) -> Measured:
+    """Loss, score and predictions on a split, as the head is now."""
+    lesson.model.eval()
+    loss = 0.0
+    infeasible = 0
+    predicted = []
+    targets = []
+    for batch in lesson.batches(split):
+        states, lengths = lesson.source(batch)
+        wanted = [lesson.targets[i] for i in batch]
+
+        # The head has no output for symbols that train lacks: its loss is over the others, but in
+        # the score they count as errors.
+        known = [[s for s in target if s >= 0] for target in wanted]
+        batch_loss = lesson.head.loss(states, lengths, known).item() + float(lesson.trainable.cost)
+        loss += batch_loss * len(batch) / len(lesson.order[split])
+        if lesson.task.kind == "ctc":
+            infeasible += lesson.head.infeasible(lengths, known)
+        predicted += lesson.head.predict(states, lengths)
+        targets += wanted
+    return Measured(loss, score(lesson.task, predicted, targets), infeasible, predicted)
+
+
+@torch.no_grad()
+def final_test(lesson) -> dict:
+    """The part of a point that says how the trained head does on the test split."""
+    task = lesson.task
+    measured = measure(lesson, "test")
+    targets = [lesson.targets[i] for i in lesson.order["test"]]
+    point = {"metric": task.metric, "test": measured.score}
     if task.second:
-        second = {f"test {task.second}": score(task, predicted, wanted, task.second)}
-    point = {
-        "metric": task.metric,
-        "test": result,
-        **second,
-        "guessing": guessing(task, predicted, wanted),
-        "valid": best,
-        "epochs": epoch + 1,
-        "best_epoch": kept[1] + 1,
-        "infeasible_test": infeasible,
-        "infeasible_train": infeasible_train,
-        "test_utterances": len(splits["test"]),
-        "bf16": bf16,
-        "examples": examples,
-        "history": history,
-    }
-    return point, head
+        point[f"test {task.second}"] = score(task, measured.predicted, targets, task.second)
+    point["guessing"] = guessing(task, measured.predicted, targets)
+
+    # Under CTC, an utterance with fewer tokens than its text needs could not be learned from.
+    infeasible_train = 0
+    if task.kind == "ctc":
+        for batch in lesson.batches("train"):
+            _, lengths = lesson.source(batch)
+            infeasible_train += lesson.head.infeasible(lengths, [lesson.targets[i] for i in batch])
+    point["infeasible_test"] = measured.infeasible
+    point["infeasible_train"] = infeasible_train
+    point["test_utterances"] = len(targets)
+
+    # Texts to look at: one in forty, from the shortest utterance on.
+    point["examples"] = []
+    if task.kind != "pool":
+        between = separator(task)
+        for i, numbers in zip(lesson.order["test"][::40], measured.predicted[::40]):
+            wanted = between.join(task.targets[i])
+            predicted = between.join(task.symbols[s] for s in numbers)
+            point["examples"].append({"wanted": wanted, "predicted": predicted})
+    return point
+
+
+def separator(task) -> str:
+    """What stands between the symbols of a text: nothing between letters, else a space."""
+    return "" if task.kind == "ctc" and task.metric != "PER" else " "
+
+
+# 4. The sweep: a point for each λ and seed.
 
 
 def prepare(args):
-    """The encoder (None for logmel and deaf), the task, and what a point says about its configuration."""
-    encoder = (
-        OFAEncoder.from_checkpoint(args.checkpoint).to(args.device)
-        if args.features in ("encoder", "random")
-        else None
-    )
-    task = (
-        load_superb(args.task, args.data, args.fold)
-        if args.task in SUPERB
-        else load_task(args.task, args.data, args.root)
-    )
-    config = {
-        k: v
-        for k, v in vars(args).items()
-        if k not in ("lam", "seeds", "seed", "out", "root", "device", "keep", "save_heads")
-    }
-    config["checkpoint_sha1"] = (
-        hashlib.sha1(Path(args.checkpoint).read_bytes()).hexdigest()[:12] if encoder else None
-    )
-    config["data_sha1"] = (
-        hashlib.sha1(Path(args.data).read_bytes()).hexdigest()[:12]
-        if Path(args.data).is_file()
-        else None
-    )
-    if encoder and encoder.config.compression != "cif" and any(args.lam):
-        raise ValueError(
-            f"{args.checkpoint} has one fixed rate ({encoder.config.compression}): leave --lam at 0"
-        )
-    if encoder and args.features == "random":
-        torch.manual_seed(0)
-        encoder = OFAEncoder(encoder.config).to(args.device).eval()
+    """The encoder (None for logmel and deaf), the task, and the configuration of the points.
+
+    Raises ValueError or OSError if one of them can't be had.
+    """
+    encoder = None
+    if args.features in ("encoder", "random"):
+        encoder = OFAEncoder.from_checkpoint(args.checkpoint).to(args.device)
+    if args.task in SUPERB:
+        task = load_superb(args.task, args.data, args.fold)
+    else:
+        task = load_task(args.task, args.data, args.root)
+
+    # A point is known by what is in the files, not by their names.
+    config = {name: value for name, value in vars(args).items() if name not in NOT_IN_CONFIG}
+    config["checkpoint_sha1"] = short_sha1(args.checkpoint) if encoder else None
+    config["data_sha1"] = short_sha1(args.data) if Path(args.data).is_file() else None
+
     if encoder:
+        if encoder.config.compression != "cif" and any(args.lam):
+            raise ValueError(
+                f"{args.checkpoint} has one fixed rate ({encoder.config.compression}): "
+                "leave --lam at 0"
+            )
+        if args.features == "random":
+            torch.manual_seed(0)
+            encoder = OFAEncoder(encoder.config).to(args.device).eval()
         encoder.requires_grad_(args.unfreeze)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     return encoder, task, config
+
+
+def short_sha1(path) -> str:
+    return hashlib.sha1(Path(path).read_bytes()).hexdigest()[:12]
+
+
+def save_head(path, head, encoder, lam, task):
+    """All that extras/predict.py needs: the head, its encoder and λ, and how to spell an answer."""
+    content = {
+        **encoder.checkpoint(),
+        "lam": lam,
+        "head": head.state_dict(),
+        "sizes": head.sizes,
+        "kind": task.kind,
+        "symbols": task.symbols,
+        "between": separator(task),
+    }
+    save(content, path)
+
+
+def unfinished(args, config, stem) -> dict:
+    """The points of a configuration that have not been computed: {seed: path}."""
+    todo = {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        path = Path(args.out) / f"{stem}-seed{seed}.json"
+        if not already_done(path, {**config, "seed": seed}, args.save_heads):
+            todo[seed] = path
+    return todo
 
 
 def main():
@@ -423,65 +580,51 @@ def main():
     args = parser.parse_args()
     check(args)
     encoder, task, config = prepare(args)
+    in_memory = args.keep == "memory"
     frames = None
     for lam in args.lam if encoder else [0.0]:
-        heard = None
-        for seed in range(args.seed, args.seed + args.seeds):
-            path = Path(args.out) / f"{args.task}-{args.features}-lam{lam:g}-seed{seed}.json"
-            if (
-                already_done(path, {**config, "lam": lam, "seed": seed})
-                and path.with_suffix(".pt").exists() >= args.save_heads
-            ):
-                continue
-            if encoder and not frames and not args.unfreeze:
-                frames = FrameCache(task.speech, encoder, args.device, args.keep == "memory")
-            if args.unfreeze:
-                learner = UnfrozenEncoder(
-                    task.speech, copy.deepcopy(encoder), lam, args.device, args.encoder_lr
-                )
-            else:
-                learner = heard = heard or HiddenStateCache(
-                    task.speech,
-                    args.features,
-                    encoder,
-                    lam,
-                    args.device,
-                    frames,
-                    args.keep == "memory",
-                )
+        at_lam = {**config, "lam": lam}
+        todo = unfinished(args, at_lam, f"{args.task}-{args.features}-lam{lam:g}")
+        if not todo:
+            continue
+
+        # A frozen encoder runs once: its CNN for all λ, the rest for all seeds.
+        if not args.unfreeze:
+            if encoder and not frames:
+                frames = FrameCache(task.speech, encoder, args.device, in_memory)
+            source = states = HiddenStateCache(
+                task.speech, args.features, encoder, lam, args.device, frames, in_memory
+            )
+
+        for seed, path in todo.items():
             started = time.time()
-            point, head = train(args, task, learner, seed)
+            if args.unfreeze:
+                own = copy.deepcopy(encoder)  # each head begins with the encoder as it was
+                source = UnfrozenEncoder(task.speech, own, lam, args.device, args.encoder_lr)
+            result, head = train(args, task, source, seed)
             if args.save_heads:
-                save_head(path.with_suffix(".pt"), head, learner.encoder, lam, task)
-            if args.unfreeze:  # the cost of the encoder that it has become
-                frames = FrameCache(task.speech, learner.encoder, args.device, keep=False)
-                heard = HiddenStateCache(
-                    task.speech,
-                    args.features,
-                    learner.encoder,
-                    lam,
-                    args.device,
-                    frames,
-                    keep=False,
+                save_head(path.with_suffix(".pt"), head, source.encoder, lam, task)
+            if args.unfreeze:  # it costs what it costs now: training has moved α, too
+                frames = FrameCache(task.speech, own, args.device, keep=False)
+                states = HiddenStateCache(
+                    task.speech, args.features, own, lam, args.device, frames, keep=False
                 )
-            save_point(
-                path,
-                {
-                    "config": {**config, "lam": lam, "seed": seed},
-                    "command": command("finetune.py", parser, args, lam, seed),
-                    **point,
-                    **cost_of(heard, frames),
-                    "train_s": time.time() - started,
-                },
-            )
-            infeasible = (
-                f", {point['infeasible_test']} of {point['test_utterances']} too short for CTC"
-                if task.kind == "ctc"
-                else ""
-            )
+            point = {
+                "config": {**at_lam, "seed": seed},
+                "command": command("finetune.py", parser, args, lam, seed),
+                **result,
+                **cost_of(states, frames),
+                "train_s": time.time() - started,
+            }
+            save_point(path, point)
+            too_short = ""
+            if task.kind == "ctc":
+                count = f"{point['infeasible_test']} of {point['test_utterances']}"
+                too_short = f", {count} too short for CTC"
             print(
-                f"λ = {lam:g} ({heard.period_ms:.1f} ms), seed {seed}: test {task.metric} {point['test']:.1f} %, best of {point['epochs']} "
-                f"epochs, {time.time() - started:.0f} s{infeasible}{warning(point)}"
+                f"λ = {lam:g} ({states.period_ms:.1f} ms), seed {seed}: "
+                f"test {task.metric} {point['test']:.1f} %, best of {point['epochs']} epochs, "
+                f"{time.time() - started:.0f} s{too_short}{warning(point)}"
             )
 
 

@@ -1,287 +1,423 @@
-"""How fast: CIF against torch-cif and a plain copy, the encoder at λ = 0 and 1, and pre-training; each beside its goal.
+"""How fast: CIF beside torch-cif and a plain copy, the encoder at λ = 0 and 1, and pre-training.
 
-    cif           `cif`, torch-cif 0.2.0 and x.clone(): forward, forward and backward, peak memory; time per frame over length
-    encoder       its parts (CNN; α and CIF; positions and Transformer), the whole, and what Amdahl's law makes of the parts
-    pretraining   pretrain.py's own loop by its parts; a step at HuBERT Base's sizes against the same step by somebody else
+    cif           `cif`, torch-cif 0.2.0 and x.clone(): forward, forward and backward, peak memory;
+                  time per frame over length
+    encoder       its parts (CNN; α and CIF; positions and Transformer), all of it, and what
+                  Amdahl's law makes of the parts
+    pretraining   a step by its parts; K values of λ a step; pretrain.py as it is, idle and beside
+                  a busy process; a step at HuBERT Base's sizes beside the same step by a peer
 
-If only the Transformer gets faster, from t_0 seconds at λ = 0 to t_1 at λ = 1, the whole can gain no more than (Amdahl)
+If only the Transformer gets faster, from t_0 seconds at λ = 0 to t_1 at λ = 1, the encoder as a
+whole can gain no more than (Amdahl)
 
     bound = whole_0 / (whole_0 - (t_0 - t_1))
 
-How it is timed: timing.py. Goals stand beside what is measured. The parts of a pre-training step are timed inside pretrain.py's own
-loop, and add up to the whole: what no part accounts for is listed as other.
+Goals stand in brackets beside what is measured. Ratios hold on other machines too, seconds do not:
+what is compared runs in one process, on the same tensors, interleaved. torch.utils.benchmark keeps
+the clock. After `pip install --no-deps s3prl`, the peer of the last table is DistilHuBERT's own
+code; otherwise it is made of torchaudio's modules.
 
-`python benchmark.py [cif] [encoder] [pretraining]` prints tables and writes a JSON. After `pip install --no-deps s3prl`, the peer is
-DistilHuBERT's own code; before, plain torchaudio modules.
+Large results cost time even before they are computed: Linux' C library gives large blocks back at
+once, so that mapping them again can cost more than the sums. It keeps them with
+MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=17179869184 in the environment.
+
+    python -m extras.benchmark                     all of it, minutes: leave the machine alone
+    python -m extras.benchmark cif --repeats 3
 """
 
+import parts  # noqa: F401  before torch: it sets how the threads of torch wait
+
+# isort: split
 import argparse
 import contextlib
 import io
 import json
+import os
 import platform
+import random
+import re
+import shlex
+import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import replace
-from itertools import islice
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, islice
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
 import torch
 import torchaudio
 from torch import nn
 from torch.nn.functional import cosine_similarity, l1_loss, logsigmoid
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer, timer
 from torch_cif import cif_function
 
 import ofa_encoder
 import pretrain
 from cif import cif
-from extras.timing import interleaved, mib, ms, peak_bytes, show, wait
+from extras.firing import table
 from ofa_encoder import PRESETS, SAMPLE_RATE, OFAEncoder, modify_alpha
 from parts import boundaries
-from parts.data import batches, load
+from parts.data import batches
 from parts.runs import pick_device, use_bf16
-from parts.teachers import Wav2Vec2Teacher, load_teacher
+from parts.teachers import Wav2Vec2Teacher
 
-CIF_SIZES = [
-    (8, 750, 512),
-    (1, 1500, 768),
-    (16, 1500, 768),
-    (1, 30_000, 512),
-    (1, 100_000, 512),
-]  # (B, S, C)
-LENGTHS = [750, 3_000, 12_000, 30_000, 100_000]
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports each of its starts
+
+REPO = Path(__file__).parent.parent
+
+# (B, S, C): a training batch, an utterance, a batch at HuBERT Base's width, two long recordings.
+CIF_SIZES = [(8, 750, 512), (1, 1500, 768), (16, 1500, 768), (1, 30_000, 512), (1, 100_000, 512)]
+LENGTHS = [750, 3_000, 12_000, 30_000, 100_000]  # S, in frames
 ENCODERS = {
     "tiny": PRESETS["tiny"],
     "base-2": PRESETS["base"],
     "base-12": replace(PRESETS["base"], layers=12),
 }
-SECONDS = [5, 15, 60]
-FLAGS, STEPS = [], 20  # of pretrain.py: its defaults; steps in a round
-STEP = PRESETS["base"], 4, 4  # student, utterances and seconds of the step against a peer
+SECONDS = [5, 15, 60]  # of sound given to the encoders
+PARTS = ("cif", "transformer", "whole")  # of an encoder, that depend on λ
+FLAGS = []  # of pretrain.py: its defaults
+STEPS = 20  # of pre-training in a round
+RUN_STEPS = 60  # of pre-training in a run of its own
+STEP = (PRESETS["base"], 4, 4)  # student, utterances and seconds of the step beside a peer
+
+# What the libraries do unless told otherwise, to compare with what parts/__init__.py tells them.
+LIBRARY_DEFAULTS = {"GOMP_SPINCOUNT": "300000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}
+
+
+# 1. Clock, memory and tables.
+
+
+def interleaved(calls, repeats) -> dict[str, float]:
+    """Median seconds of each call: {name: function} -> {name: seconds}.
+
+    Each round times all of them, each round in another order, so that neither a slow moment nor
+    memory that has just been freed favours one. Timer makes a call before it counts, repeats short
+    ones until the clock's own time does not matter, and waits for a GPU.
+    """
+    threads = torch.get_num_threads()  # Timer would take one
+    timers = {
+        name: Timer("call()", globals={"call": call}, num_threads=threads)
+        for name, call in calls.items()
+    }
+    times = defaultdict(list)
+    for seed in range(repeats):
+        for name in random.Random(seed).sample(list(timers), len(timers)):
+            times[name].append(timers[name].blocked_autorange(min_run_time=0.02).median)
+    return {name: median(times[name]) for name in calls}
+
+
+def peak_bytes(call, device) -> float:
+    """The most memory held at once during a call, beyond what was held before.
+
+    On CUDA the allocator counts. On a CPU it is the running sum of what tensors allocate and free,
+    as torch.profiler saw it, without what oneDNN sets aside inside a call. NaN on other devices.
+    """
+    call()  # what is cached for good is not counted
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    if device.type != "cpu":
+        return float("nan")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0))
+
+
+def show(title, header, rows):
+    """Print a Markdown table below its title."""
+    print(f"\n{title}\n\n{table(header, rows)}", flush=True)
+
+
+def ms(seconds) -> str:
+    return f"{1e3 * seconds:.{0 if seconds > 0.1 else 2}f}"
+
+
+def mib(size) -> str:
+    return f"{size / 2**20:.{0 if size > 2**27 else 1}f}"
+
+
+# 2. CIF.
 
 
 def cif_section(device, repeats) -> dict:
-    def inputs(
-        B, S, C, mean
-    ):  # α is spread evenly around its mean, within the [0, 1] that torch-cif takes
-        generator = torch.Generator().manual_seed(0)
-        alpha = mean + min(mean, 1 - mean) * (2 * torch.rand(B, S, generator=generator) - 1)
-        return torch.randn(B, S, C, generator=generator).to(device), alpha.to(device)
-
-    def backward(function, x, alpha):
-        leaves = x.requires_grad_(), alpha.requires_grad_()
-        tokens = function(*leaves)
-        torch.autograd.grad(tokens, leaves, tokens.detach())
-
-    ours, theirs = (
-        lambda x, alpha: cif(x, alpha).tokens,
-        lambda x, alpha: cif_function(x, alpha)["cif_out"][0],
-    )
-    sizes, lengths, cells, largest = [], [], [], sorted({S for _, S, _ in CIF_SIZES})[-2:]
-    for B, S, C in CIF_SIZES:
-        for mean in (0.25, 0.9):
-            x, alpha = inputs(B, S, C, mean)
-            calls = {
-                "cif": lambda: ours(x, alpha),
-                "torch-cif": lambda: theirs(x, alpha),
-                "clone": lambda: x.clone(),
-            }
-            f = interleaved(calls, repeats, device)
-            calls = {
-                "cif": lambda: backward(ours, x, alpha),
-                "torch-cif": lambda: backward(theirs, x, alpha),
-            }
-            both, peak = (
-                interleaved(calls, repeats, device),
-                {name: peak_bytes(call, device) for name, call in calls.items()},
-            )
-            sizes.append(
-                {
-                    "B": B,
-                    "S": S,
-                    "C": C,
-                    "alpha": mean,
-                    "forward_s": f,
-                    "both_s": both,
-                    "peak_bytes": peak,
-                }
-            )
-            cells.append(
-                [
-                    (B, S, C),
-                    mean,
-                    ms(f["cif"]),
-                    f"{f['torch-cif'] / f['cif']:.1f} (≥ {10 if S in largest else 6})",
-                    f"{f['cif'] / f['clone']:.2f} (≤ 1.5)",
-                    ms(both["cif"]),
-                    f"{both['torch-cif'] / both['cif']:.1f} (≥ 5)",
-                    mib(peak["cif"]),
-                    f"{peak['cif'] / peak['torch-cif']:.2f} (≤ 1)",
-                ]
-            )
+    sizes = []
+    for size in CIF_SIZES:
+        for mean_alpha in (0.25, 0.9):
+            sizes.append(measure_cif(size, mean_alpha, device, repeats))
     show(
-        "CIF: milliseconds, how many times faster than torch-cif, time over that of x.clone(), peak memory with backward; goals in brackets",
+        "CIF: milliseconds, how many times faster than torch-cif, time over that of x.clone(), "
+        "peak memory with backward; goals in brackets",
         [
-            "(B, S, C)",
-            "mean α",
-            "forward ms",
-            "× faster",
-            "/ clone",
-            "and backward ms",
-            "× faster",
-            "peak MiB",
-            "/ torch-cif",
+            *("(B, S, C)", "mean α", "forward ms", "× faster", "/ clone"),
+            *("and backward ms", "× faster", "peak MiB", "/ torch-cif"),
         ],
-        cells,
+        [cif_cells(row) for row in sizes],
     )
+    lengths = []
     for S in LENGTHS:
-        x, alpha = inputs(1, S, CIF_SIZES[0][2], 0.25)
-        s = interleaved(
-            {"forward": lambda: ours(x, alpha), "both": lambda: backward(ours, x, alpha)},
+        x, alpha = cif_inputs((1, S, CIF_SIZES[0][2]), 0.25, device)
+        seconds = interleaved(
+            {"forward": partial(our_cif, x, alpha), "both": partial(backward, our_cif, x, alpha)},
             repeats,
-            device,
         )
-        lengths.append(
-            {
-                "S": S,
-                "forward_ns_per_frame": 1e9 * s["forward"] / S,
-                "both_ns_per_frame": 1e9 * s["both"] / S,
-            }
-        )
+        nanoseconds = {f"{name}_ns_per_frame": 1e9 * s / S for name, s in seconds.items()}
+        lengths.append({"S": S, **nanoseconds})
+    rows = []
+    for row in lengths:
+        cells = [row["S"]]
+        for name in ("forward_ns_per_frame", "both_ns_per_frame"):
+            cells += [f"{row[name]:.0f}", f"{row[name] / lengths[0][name]:.2f} (≤ 1.2)"]
+        rows.append(cells)
     show(
         "CIF over length, one utterance: nanoseconds a frame, and over those of the shortest",
         ["S", "forward ns", "ratio", "and backward ns", "ratio"],
-        [
-            [
-                r["S"],
-                *(
-                    cell
-                    for k in list(r)[1:]
-                    for cell in (f"{r[k]:.0f}", f"{r[k] / lengths[0][k]:.2f} (≤ 1.2)")
-                ),
-            ]
-            for r in lengths
-        ],
+        rows,
     )
     return {"sizes": sizes, "lengths": lengths}
 
 
+def cif_inputs(size, mean_alpha, device):
+    """x (B, S, C), and α (B, S) spread evenly around its mean within the [0, 1] of torch-cif."""
+    generator = torch.Generator().manual_seed(0)
+    around = 2 * torch.rand(size[:2], generator=generator) - 1
+    alpha = mean_alpha + min(mean_alpha, 1 - mean_alpha) * around
+    return torch.randn(size, generator=generator).to(device), alpha.to(device)
+
+
+def our_cif(x, alpha):
+    return cif(x, alpha).tokens
+
+
+def torch_cif(x, alpha):
+    return cif_function(x, alpha)["cif_out"][0]
+
+
+def backward(function, x, alpha):
+    """Forward, and the gradients of x and α."""
+    x = x.detach().requires_grad_()
+    alpha = alpha.detach().requires_grad_()
+    tokens = function(x, alpha)
+    torch.autograd.grad(tokens, (x, alpha), tokens.detach())
+
+
+def measure_cif(size, mean_alpha, device, repeats) -> dict:
+    x, alpha = cif_inputs(size, mean_alpha, device)
+    forward = {
+        "cif": partial(our_cif, x, alpha),
+        "torch-cif": partial(torch_cif, x, alpha),
+        "clone": x.clone,
+    }
+    both = {
+        "cif": partial(backward, our_cif, x, alpha),
+        "torch-cif": partial(backward, torch_cif, x, alpha),
+    }
+    B, S, C = size
+    return {
+        "B": B,
+        "S": S,
+        "C": C,
+        "alpha": mean_alpha,
+        "forward_s": interleaved(forward, repeats),
+        "both_s": interleaved(both, repeats),
+        "peak_bytes": {name: peak_bytes(call, device) for name, call in both.items()},
+    }
+
+
+def cif_cells(row) -> list[str]:
+    forward, both, peak = row["forward_s"], row["both_s"], row["peak_bytes"]
+    long = row["S"] > 10_000
+    return [
+        f"({row['B']}, {row['S']}, {row['C']})",
+        row["alpha"],
+        ms(forward["cif"]),
+        f"{forward['torch-cif'] / forward['cif']:.1f} (≥ {10 if long else 6})",
+        f"{forward['cif'] / forward['clone']:.2f} (≤ 1.5)",
+        ms(both["cif"]),
+        f"{both['torch-cif'] / both['cif']:.1f} (≥ 5)",
+        mib(peak["cif"]),
+        f"{peak['cif'] / peak['torch-cif']:.2f} (≤ 1)",
+    ]
+
+
+# 3. The encoder.
+
+
 @torch.no_grad()
 def encoder_section(device, repeats) -> list:
-    rows, cells = [], []
+    rows = []
     for name, config in ENCODERS.items():
         torch.manual_seed(0)
         encoder = OFAEncoder(config).to(device).eval()
         for seconds in SECONDS:
             waveform = 0.1 * torch.randn(1, seconds * SAMPLE_RATE, device=device)
-            length = torch.tensor([waveform.shape[1]], device=device)
-            x, frames = encoder.features(waveform, length)
-            compress = lambda lam: (
-                cif(x, modify_alpha(encoder.alpha_predictor(x), lam), frames).tokens
-            )
-            tokens = compress(0), compress(1)
-
-            def transform(lam):
-                valid = torch.ones(tokens[lam].shape[:2], dtype=torch.bool, device=device)
-                encoder.transform(encoder.encoder.feature_projection.projection(tokens[lam]), valid)
-
-            parts = {
-                "cif": compress,
-                "transformer": transform,
-                "whole": lambda lam: encoder(waveform, lam=lam),
-            }
-            calls = {
-                f"{part}_{lam}": lambda call=call, lam=lam: call(lam)
-                for part, call in parts.items()
-                for lam in (0, 1)
-            }
-            s = interleaved(
-                {"cnn": lambda: encoder.features(waveform, length), **calls}, repeats, device
-            )
-            peak = {k: peak_bytes(call, device) for k, call in calls.items()}
-            measured = s["whole_0"] / s["whole_1"]
-            bound = s["whole_0"] / (s["whole_0"] - (s["transformer_0"] - s["transformer_1"]))
-            rows.append(
-                {
-                    "encoder": name,
-                    "seconds": seconds,
-                    "tokens": [t.shape[1] for t in tokens],
-                    "s": s,
-                    "measured": measured,
-                    "bound": bound,
-                    "peak_bytes": peak,
-                }
-            )
-            cells.append(
-                [
-                    name,
-                    seconds,
-                    f"{tokens[0].shape[1]} → {tokens[1].shape[1]}",
-                    ms(s["cnn"]),
-                    *(f"{ms(s[k + '_0'])} → {ms(s[k + '_1'])}" for k in parts),
-                    f"{s['transformer_0'] / s['transformer_1']:.1f}",
-                    f"{bound:.2f}",
-                    f"{measured:.2f} ({100 * (measured / bound - 1):+.0f} %)",
-                    *(
-                        f"{mib(peak[k + '_0'])} → {mib(peak[k + '_1'])}"
-                        for k in ("transformer", "whole")
-                    ),
-                ]
-            )
+            row = measure_encoder(encoder, waveform, device, repeats)
+            rows.append({"encoder": name, "seconds": seconds, **row})
     show(
-        "The encoder, untrained (α about 1/4), one utterance, λ = 0 → 1: ms, and how many times faster. Goal: the whole within 10 % of the bound",
+        "The encoder, untrained (α about 1/4), one utterance, λ = 0 → 1: ms, and how many times "
+        "faster. Goal: the whole within 10 % of the bound",
         [
-            "encoder",
-            "s",
-            "tokens",
-            "CNN",
-            "α, CIF",
-            "Transformer",
-            "whole",
-            "Transformer ×",
-            "bound ×",
-            "whole ×",
-            "MiB Transformer",
-            "MiB whole",
+            *("encoder", "s", "tokens", "CNN", "α, CIF", "Transformer", "whole"),
+            *("Transformer ×", "bound ×", "whole ×", "MiB Transformer", "MiB whole"),
         ],
-        cells,
+        [encoder_cells(row) for row in rows],
     )
     return rows
 
 
+def compress(encoder, x, frames, lam):
+    """α and CIF: frames x (1, S, C) -> tokens (1, T, C)."""
+    return cif(x, modify_alpha(encoder.alpha_predictor(x), lam), frames).tokens
+
+
+def transform(encoder, tokens):
+    """Projection, positions and Transformer: tokens (1, T, C) -> hidden states."""
+    valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    return encoder.transform(encoder.encoder.feature_projection.projection(tokens), valid)
+
+
+def measure_encoder(encoder, waveform, device, repeats) -> dict:
+    """waveform (1, samples)."""
+    length = torch.tensor([waveform.shape[1]], device=device)
+    x, frames = encoder.features(waveform, length)
+    tokens = [compress(encoder, x, frames, lam) for lam in (0, 1)]
+    calls = {}
+    for lam in (0, 1):
+        calls[f"cif_{lam}"] = partial(compress, encoder, x, frames, lam)
+        calls[f"transformer_{lam}"] = partial(transform, encoder, tokens[lam])
+        calls[f"whole_{lam}"] = partial(encoder, waveform, lam=lam)
+    peak = {name: peak_bytes(call, device) for name, call in calls.items()}
+    calls["cnn"] = partial(encoder.features, waveform, length)
+    s = interleaved(calls, repeats)
+    return {
+        "tokens": [t.shape[1] for t in tokens],
+        "s": s,
+        "measured": s["whole_0"] / s["whole_1"],
+        "bound": s["whole_0"] / (s["whole_0"] - (s["transformer_0"] - s["transformer_1"])),
+        "peak_bytes": peak,
+    }
+
+
+def encoder_cells(row) -> list[str]:
+    s, peak = row["s"], row["peak_bytes"]
+    off = 100 * (row["measured"] / row["bound"] - 1)
+    times = [f"{ms(s[f'{part}_0'])} → {ms(s[f'{part}_1'])}" for part in PARTS]
+    sizes = [f"{mib(peak[f'{part}_0'])} → {mib(peak[f'{part}_1'])}" for part in PARTS[1:]]
+    return [
+        row["encoder"],
+        row["seconds"],
+        f"{row['tokens'][0]} → {row['tokens'][1]}",
+        ms(s["cnn"]),
+        *times,
+        f"{s['transformer_0'] / s['transformer_1']:.1f}",
+        f"{row['bound']:.2f}",
+        f"{row['measured']:.2f} ({off:+.0f} %)",
+        *sizes,
+    ]
+
+
+# 4. Pre-training.
+
+
 def pretraining_section(device, repeats) -> dict:
-    """pretrain.py's loop with its pieces replaced by timed ones, which do not call one another. Without evaluation and checkpoints.
-    Rounds go on through the data; the first, for warm-up, is not counted. Sums over rounds, so that parts add up to the whole."""
-    args = pretrain.arguments([*FLAGS, "--device", device.type])
-    train, teacher = (
-        load(args.data, args.root).part("train"),
-        load_teacher(args.teacher, args.teacher_layers, args.teacher_heads).to(device),
-    )
-    path = boundaries.cache_path(
-        train, args.teacher, teacher.layers[-1], args.segment_ms, args.root
-    )
-    if not path.exists():
-        boundaries.segment(train, teacher, path, args.segment_ms, device=device)
-    ends = boundaries.read_boundaries(path, train)
+    pretraining = prepare(device)
+    bf16 = use_bf16(pretraining.args, device)
+    return {
+        **split_steps(pretraining, repeats),
+        "lams_per_step": cost_of_lams(pretraining, repeats),
+        "runs": idle_and_busy(),
+        "against_peer": step_against_peer(device, repeats, bf16),
+    }
+
+
+@dataclass
+class Pretraining:
+    """What pretrain.main makes before its loop starts."""
+
+    args: argparse.Namespace
+    place: pretrain.Place
+    lesson: pretrain.Lesson
+    model: pretrain.Distiller
+    optimizer: torch.optim.Optimizer
+
+
+def prepare(device) -> Pretraining:
+    args = pretrain.parse_arguments([*FLAGS, "--device", device.type])
+    place = pretrain.Place(device, rank=0, world=1)
+    lesson, _ = pretrain.prepare(args, place)
     torch.manual_seed(args.seed)
-    encoder = OFAEncoder(replace(PRESETS[args.preset], layers=args.layers))
-    model = pretrain.Distiller(encoder, teacher.dims).to(device)
+    config = replace(PRESETS[args.preset], layers=args.layers, compression=args.compression)
+    model = pretrain.Distiller(OFAEncoder(config), lesson.teacher.dims).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    return Pretraining(args, place, lesson, model, optimizer)
 
-    seconds = {}
 
-    def timed(part, function):
-        def timed(*args, **keywords):
-            wait(device)
-            start = time.perf_counter()
+def run_steps(pretraining, first) -> dict:
+    """STEPS steps of pretrain.py's own loop from step `first`: seconds, and seconds of audio.
+
+    The check on held-out speech and the checkpoint at the end of the loop are left out.
+    """
+    args, lesson = pretraining.args, pretraining.lesson
+    args.steps = first + STEPS
+    state = (pretraining.model, pretraining.optimizer, first)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(pretrain, "check_held_out", return_value=""))
+        stack.enter_context(mock.patch.object(pretrain, "save"))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        start = timer()
+        pretrain.train_loop(args, pretraining.place, lesson, state, Path("none"))
+        seconds = timer() - start
+    samples = 0
+    for batch in islice(batches(lesson.train, args.batch_seconds, args.seed), first, args.steps):
+        samples += sum(lesson.train.utterances[i].samples for i in batch)
+    return {"whole": seconds, "audio": samples / SAMPLE_RATE}
+
+
+class Stopwatch:
+    """Adds up the seconds that are spent in each part."""
+
+    def __init__(self):
+        self.seconds = defaultdict(float)
+
+    def timed(self, part, function):
+        """The function, with its time added to the part's."""
+
+        def call(*args, **keywords):
+            start = timer()
             result = function(*args, **keywords)
-            wait(device)
-            seconds[part] = seconds.get(part, 0) + time.perf_counter() - start
+            self.seconds[part] += timer() - start
             return result
 
-        return timed
+        return call
 
+    def timed_loader(self, loader):
+        """The loader, with the time to wait for each batch added to the data's."""
+
+        def call(*args):
+            fetch = self.timed("data", loader(*args).__next__)
+            return iter(fetch, None)  # until the loader stops
+
+        return call
+
+
+def split_steps(pretraining, repeats) -> dict:
+    """The share of each part in a step, timed inside pretrain.py's own loop.
+
+    Its pieces are replaced by timed ones, none of which calls another. Rounds go on through the
+    data. Times are summed over rounds, so that the parts add up to the whole; what no part
+    accounts for is called other. The first round warms up and is not counted.
+    """
+    encoder, teacher = pretraining.model.encoder, pretraining.lesson.teacher
     pieces = [
         ("data", boundaries, "pseudo_alpha"),
         ("teacher", teacher, "forward"),
@@ -292,59 +428,118 @@ def pretraining_section(device, repeats) -> dict:
         ("Transformer", encoder, "transform"),
         ("backward", torch.Tensor, "backward"),
         ("optimiser", nn.utils, "clip_grad_norm_"),
-        ("optimiser", optimizer, "step"),
+        ("optimiser", pretraining.optimizer, "step"),
     ]
-    replaced = [(owner, name, timed(part, getattr(owner, name))) for part, owner, name in pieces]
-    replaced += [
-        (
-            pretrain,
-            "loader",
-            lambda *a, loader=pretrain.loader: iter(timed("data", loader(*a).__next__), None),
-        ),
-        (pretrain, "evaluate", lambda *a: ([], 0.22)),
-        (pretrain, "save", lambda *a: None),
-    ]
+    watch = Stopwatch()
     rounds = []
-    with (
-        contextlib.ExitStack() as stack,
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        for owner, name, function in replaced:
-            stack.enter_context(mock.patch.object(owner, name, function))
-        for first in range(0, STEPS * (repeats + 1), STEPS):
-            args.steps = first + STEPS
-            seconds.clear()
-            start = time.perf_counter()
-            pretrain.train_loop(
-                args, model, optimizer, teacher, train, None, ends, first, device, 0, 1, None
-            )
-            wait(device)
-            whole = time.perf_counter() - start
-            heard = islice(batches(train, args.batch_seconds, args.seed), first, args.steps)
-            audio = sum(train.utterances[i].samples for batch in heard for i in batch) / SAMPLE_RATE
-            rounds.append(
-                {"audio": audio, "whole": whole, **seconds, "other": whole - sum(seconds.values())}
-            )
-    total = {k: sum(r[k] for r in rounds[1:]) for k in rounds[0]}
-    speed, speeds = total["audio"] / total["whole"], [r["audio"] / r["whole"] for r in rounds[1:]]
-    step_s, split = (
-        total["whole"] / (STEPS * repeats),
-        {k: total[k] / total["whole"] for k in list(total)[2:]},
-    )
+    with contextlib.ExitStack() as stack:
+        loader = watch.timed_loader(pretrain.loader)
+        stack.enter_context(mock.patch.object(pretrain, "loader", loader))
+        for part, owner, name in pieces:
+            timed = watch.timed(part, getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, timed))
+        for k in range(repeats + 1):
+            watch.seconds.clear()
+            whole = run_steps(pretraining, k * STEPS)
+            other = whole["whole"] - sum(watch.seconds.values())
+            rounds.append({**whole, **watch.seconds, "other": other})
+    rounds = rounds[1:]
+    total = {name: sum(r[name] for r in rounds) for name in rounds[0]}
+    parts_of_step = [name for name in total if name not in ("whole", "audio")]
+    split = {part: total[part] / total["whole"] for part in parts_of_step}
+    speeds = [r["audio"] / r["whole"] for r in rounds]
+    speed = total["audio"] / total["whole"]
+    step_s = total["whole"] / (STEPS * repeats)
     show(
-        f"pretrain.py {' '.join(FLAGS)}: {speed:.0f} s of audio a second ({min(speeds):.0f} to {max(speeds):.0f} in rounds of {STEPS} steps), "
-        f"{ms(step_s)} ms a step, of which in % (other: heads, losses, moving data)",
+        f"pretrain.py {' '.join(FLAGS)}: {speed:.0f} s of audio a second ({min(speeds):.0f} to "
+        f"{max(speeds):.0f} in rounds of {STEPS} steps), {ms(step_s)} ms a step, of which in % "
+        "(other: heads, losses, moving data)",
         list(split),
-        [[f"{100 * v:.1f}" for v in split.values()]],
+        [[f"{100 * share:.1f}" for share in split.values()]],
     )
-    return {
-        "step_s": step_s,
-        "audio_s_per_s": speed,
-        "of_rounds": speeds,
-        "split": split,
-        "against_peer": step_against_peer(device, repeats, use_bf16(args, device)),
-    }
+    return {"step_s": step_s, "audio_s_per_s": speed, "of_rounds": speeds, "split": split}
+
+
+def cost_of_lams(pretraining, repeats) -> dict:
+    """Seconds of a step that encodes its batch at K values of λ, for K = 1 and 3, interleaved."""
+    times = {1: [], 3: []}
+    for k in range(repeats + 1):  # the first round warms up
+        for K in random.Random(k).sample(list(times), len(times)):
+            pretraining.args.lams_per_step = K
+            times[K].append(run_steps(pretraining, k * STEPS)["whole"] / STEPS)
+    step_s = {K: median(times[K][1:]) for K in times}
+    show(
+        "K values of λ a step (--lams-per-step), on one pass of the CNN and the teacher",
+        ["K", "step ms", "/ K = 1"],
+        [[K, ms(s), f"{s / step_s[1]:.2f}"] for K, s in step_s.items()],
+    )
+    return {"step_s": step_s, "ratio": step_s[3] / step_s[1]}
+
+
+# 5. pretrain.py in a process of its own.
+
+
+def idle_and_busy() -> dict:
+    """Speed and memory of pretrain.py on the CPU, with and without what parts/__init__.py sets."""
+    settings = {"as parts/ sets them": {}, "the libraries' own": LIBRARY_DEFAULTS}
+    results = {}
+    for name, environment in settings.items():
+        idle = run_pretrain(environment)
+        with busy_process():
+            busy = run_pretrain(environment)
+        results[name] = {"idle": idle, "busy": busy}
+    rows = []
+    for name, result in results.items():
+        idle = result["idle"]["audio_s_per_s"]
+        busy = result["busy"]["audio_s_per_s"]
+        memory = f"{result['idle']['memory_gb']:.2f} (≤ 1.6)"
+        rows.append([name, f"{idle:.0f}", f"{busy:.0f}", f"{idle / busy:.1f} (≤ 2)", memory])
+    show(
+        f"A run of pretrain.py on the CPU, {RUN_STEPS} steps and the table: s of audio a second, "
+        "idle and beside one busy process, and the most memory it held by the kernel's account",
+        ["threads and kernel cache", "idle s / s", "busy s / s", "idle / busy", "peak GB"],
+        rows,
+    )
+    return results
+
+
+def run_pretrain(environment) -> dict:
+    """Run pretrain.py with its default flags, but RUN_STEPS steps: audio_s_per_s and memory_gb.
+
+    Raises ValueError if it fails. An encoder that has learned nothing in so few steps is fine.
+    """
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, str(REPO / "pretrain.py"), *FLAGS, "--device", "cpu"]
+        command += ["--steps", str(RUN_STEPS), "--out", out]
+        # On Linux a program's peak begins at that of the process that started it. So a small shell
+        # starts this one; with a command left to do, it does not turn into the program itself.
+        done = subprocess.run(
+            ["sh", "-c", f"{shlex.join(command)}; exit $?"],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+        )
+        table_path = Path(out, "table.json")
+        if not table_path.exists():
+            raise ValueError(f"{shlex.join(command)} has failed: {done.stderr[-500:]}")
+        memory_gb = json.loads(table_path.read_text())["memory_gb"]
+    # The progress bar ends with the mean speed over all steps.
+    speeds = re.findall(r"(\d+) s/s", done.stderr)
+    return {"audio_s_per_s": int(speeds[-1]), "memory_gb": memory_gb}
+
+
+@contextlib.contextmanager
+def busy_process():
+    """Another program keeps one core busy meanwhile."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+# 6. A step at HuBERT Base's sizes, beside the same step by a peer.
 
 
 def plain(config, layers):
@@ -353,45 +548,85 @@ def plain(config, layers):
     return torchaudio.models.Wav2Vec2Model(encoder.feature_extractor, encoder.encoder)
 
 
-def peer(config, waveforms, dims):
-    """Somebody else's student of these sizes: its name, module, and a function that predicts all taught layers, (B, layers, S, D)."""
-    try:
+class TorchaudioStudent(nn.Module):
+    """A plain model and a linear head for each layer: (B, samples) -> (B, layers, S, D)."""
+
+    name = "plain torchaudio"
+
+    def __init__(self, config, dims):
+        super().__init__()
+        self.model = plain(config, config.layers)
+        self.heads = nn.ModuleList(nn.Linear(config.dim, dim) for dim in dims)
+
+    def forward(self, waveforms):
+        hidden = self.model(waveforms)[0]
+        return torch.stack([head(hidden) for head in self.heads], 1)
+
+
+class S3prlStudent(nn.Module):
+    """DistilHuBERT as s3prl has it: (B, samples) -> (B, layers, S, D). ImportError without it."""
+
+    name = "s3prl's distiller"
+
+    def __init__(self, config, dims):
+        super().__init__()
         from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
+
+        layers = list(zip(config.channels, ofa_encoder.KERNELS, ofa_encoder.STRIDES))
+        sizes = {
+            "extractor_conv_feature_layers": str(layers),
+            "encoder_layers": config.layers,
+            "encoder_embed_dim": config.dim,
+            "encoder_ffn_embed_dim": config.ff,
+            "final_dim": dims[0],
+            "encoder_attention_heads": config.heads,
+            "conv_pos": config.pos_kernel,
+            "n_tasks": len(dims),
+            "dropout": config.dropout,
+            "attention_dropout": config.dropout,
+            "activation_dropout": 0.0,
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.model = DistillerModel(DistillerConfig(sizes))
+
+    def forward(self, waveforms):
+        return self.model(waveforms, torch.ones_like(waveforms))[2]
+
+
+def peer(config, dims):
+    try:
+        return S3prlStudent(config, dims)
     except ImportError:
-        student, heads = (
-            plain(config, config.layers),
-            nn.ModuleList(nn.Linear(config.dim, dim) for dim in dims),
-        )
-        module = nn.ModuleList([student, heads]).to(waveforms.device)
-        return (
-            "plain torchaudio",
-            module,
-            lambda: torch.stack(
-                [head(hidden) for hidden in [student(waveforms)[0]] for head in heads], 1
-            ),
-        )
-    sizes = {
-        "extractor_conv_feature_layers": str(
-            list(zip(config.channels, ofa_encoder.KERNELS, ofa_encoder.STRIDES))
-        ),
-        "encoder_layers": config.layers,
-        "encoder_embed_dim": config.dim,
-        "encoder_ffn_embed_dim": config.ff,
-        "final_dim": dims[0],
-        "encoder_attention_heads": config.heads,
-        "conv_pos": config.pos_kernel,
-        "n_tasks": len(dims),
-        "dropout": config.dropout,
-        "attention_dropout": config.dropout,
-        "activation_dropout": 0.0,
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        student = DistillerModel(DistillerConfig(sizes)).to(waveforms.device)
-    return "s3prl's distiller", student, lambda: student(waveforms, torch.ones_like(waveforms))[2]
+        return TorchaudioStudent(config, dims)
+
+
+def our_loss(model, waveforms, lengths, targets, lam):
+    [(_, losses, covered)] = model(waveforms, lengths, targets, [lam])
+    return (losses * covered).sum() / covered.sum()
+
+
+def peer_loss(student, waveforms, targets):
+    predicted = student(waveforms).float()
+    targets = torch.stack(targets, 1)  # (B, layers, S, D)
+    cosine = cosine_similarity(predicted, targets, dim=-1)
+    return l1_loss(predicted, targets) - logsigmoid(cosine).mean()
+
+
+def step(module, optimizer, loss, device, bf16):
+    """loss: a function without arguments."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        value = loss()
+    value.backward()
+    nn.utils.clip_grad_norm_(module.parameters(), 5.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def step_against_peer(device, repeats, bf16) -> dict:
-    """Seconds of a step (forward, loss, backward, optimiser) on noise, with random weights. The teacher is the same for all."""
+    """Seconds of a step (forward, loss, backward, optimiser) on noise, with random weights.
+
+    The teacher is the same for all.
+    """
     config, B, seconds = STEP
     torch.manual_seed(0)
     waveforms = 0.1 * torch.randn(B, seconds * SAMPLE_RATE, device=device)
@@ -399,55 +634,32 @@ def step_against_peer(device, repeats, bf16) -> dict:
     teacher = Wav2Vec2Teacher(plain(config, 12), [4, 8, 12]).to(device)
     targets = teacher(waveforms, lengths)
     model = pretrain.Distiller(OFAEncoder(config), teacher.dims).to(device)
-    name, student, predict = peer(config, waveforms, teacher.dims)
-
-    def ours(lam):
-        _, distillation, covered = model(waveforms, lengths, targets, lam)
-        return (distillation * covered).sum() / covered.sum()
-
-    def theirs():
-        predicted, target = predict().float(), torch.stack(targets, 1)
-        return (
-            l1_loss(predicted, target)
-            - logsigmoid(cosine_similarity(predicted, target, dim=-1)).mean()
-        )
-
-    def step(module, optimizer, loss):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            value = loss()
-        value.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    optimizer = lambda module: torch.optim.AdamW(module.parameters(), lr=1e-4)
-    of_ours, of_theirs = optimizer(model), optimizer(student)
-    steps = {
-        "λ = 0": lambda: step(model, of_ours, lambda: ours(0.0)),
-        "λ = 1": lambda: step(model, of_ours, lambda: ours(1.0)),
-        name: lambda: step(student, of_theirs, theirs),
-    }
-    s = interleaved({"teacher": lambda: teacher(waveforms, lengths), **steps}, repeats, device)
-    peak = {key: peak_bytes(call, device) for key, call in steps.items()}
-    with_teacher = {key: s[key] + s["teacher"] for key in steps}
+    student = peer(config, teacher.dims).to(device)
+    steps = {}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    for lam in (0.0, 1.0):
+        loss = partial(our_loss, model, waveforms, lengths, targets, lam)
+        steps[f"λ = {lam:g}"] = partial(step, model, optimizer, loss, device, bf16)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    loss = partial(peer_loss, student, waveforms, targets)
+    steps[student.name] = partial(step, student, optimizer, loss, device, bf16)
+    s = interleaved({"teacher": partial(teacher, waveforms, lengths), **steps}, repeats)
+    peak = {name: peak_bytes(call, device) for name, call in steps.items()}
+    rows = []
+    for name in steps:
+        cells = [name, ms(s[name]), f"{s[name] / s[student.name]:.2f}"]
+        with_teacher = s[name] + s["teacher"]
+        ratio = with_teacher / (s[student.name] + s["teacher"])
+        cells += [ms(with_teacher), f"{ratio:.2f}"]
+        cells += [mib(peak[name]), f"{peak[name] / peak[student.name]:.2f}"]
+        rows.append(cells)
     show(
-        f"A step at HuBERT Base's sizes, {B} x {seconds} s, {'bf16' if bf16 else 'fp32'}; the teacher takes {ms(s['teacher'])} ms. "
-        "Goal: at λ = 0 no slower than the peer",
+        f"A step at HuBERT Base's sizes, {B} x {seconds} s, {'bf16' if bf16 else 'fp32'}; the "
+        f"teacher takes {ms(s['teacher'])} ms. Goal: at λ = 0 no slower than the peer",
         ["student", "step ms", "/ peer", "with the teacher ms", "/ peer", "peak MiB", "/ peer"],
-        [
-            [
-                key,
-                ms(s[key]),
-                f"{s[key] / s[name]:.2f}",
-                ms(with_teacher[key]),
-                f"{with_teacher[key] / with_teacher[name]:.2f}",
-                mib(peak[key]),
-                f"{peak[key] / peak[name]:.2f}",
-            ]
-            for key in steps
-        ],
+        rows,
     )
-    return {"peer": name, "bf16": bf16, "s": s, "peak_bytes": peak}
+    return {"peer": student.name, "bf16": bf16, "s": s, "peak_bytes": peak}
 
 
 SECTIONS = {"cif": cif_section, "encoder": encoder_section, "pretraining": pretraining_section}
@@ -455,48 +667,38 @@ SECTIONS = {"cif": cif_section, "encoder": encoder_section, "pretraining": pretr
 
 def main():
     parser = argparse.ArgumentParser(
+        prog="python -m extras.benchmark",
         description="Measure how fast this is, beside the goals.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "sections",
-        nargs="*",
-        metavar="SECTION",
-        help=f"what to measure, of {', '.join(SECTIONS)}; none: all",
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=7, help="rounds of which the median is taken"
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
-        default="auto",
-        help="auto: the best there is",
-    )
-    parser.add_argument("--json", default="runs/benchmark.json", help="file for all numbers")
+    add = parser.add_argument
+    what = f"what to measure, of {', '.join(SECTIONS)}; none: all"
+    add("sections", nargs="*", metavar="SECTION", help=what)
+    add("--repeats", type=int, default=7, help="rounds of which the median is taken")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the best")
+    add("--json", default="runs/benchmark.json", help="file for all numbers")
     args = parser.parse_args()
     if args.repeats < 1 or not set(args.sections) <= SECTIONS.keys():
         raise ValueError(
-            f"--repeats is {args.repeats} and the sections are {args.sections}, expected 1 or more, and some of {', '.join(SECTIONS)}"
+            f"--repeats is {args.repeats} and the sections are {args.sections}, expected 1 or "
+            f"more, and some of {', '.join(SECTIONS)}"
         )
     device = pick_device(args.device)
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    threads = f"{torch.get_num_threads()} threads"
     result = {
-        "machine": f"{name}, {torch.get_num_threads()} threads, {device}, torch {torch.__version__}",
+        "machine": f"{name}, {threads}, {device}, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
         "repeats": args.repeats,
     }
     print(f"{result['machine']}, {result['date']}; medians of {args.repeats} rounds")
-    Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(args.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
     for section in args.sections or SECTIONS:
         result[section] = SECTIONS[section](device, args.repeats)
-        Path(args.json).write_text(
-            json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
+        path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     print(f"\nwrote {args.json}")
 
 

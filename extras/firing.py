@@ -1,20 +1,32 @@
-"""Do tokens fire where phones change? Agreement of fire times with pseudo-boundaries, beside tokens of constant length.
+"""Do tokens fire where phones change? Fire times against segment boundaries, beside equal spacing.
 
-A fire time and a boundary agree if they lie within the tolerance (20 ms); each is used once. The ends of utterances do not count.
+A fire time and a boundary agree if they lie within the tolerance, 20 ms; each is used once. The
+ends of utterances do not count.
 
-    precision = agreeing / fire times,   recall = agreeing / boundaries,   F1 = their harmonic mean
-    R-value = 1 - (|r₁| + |r₂|) / 2,   r₁ = √((1 - recall)² + OS²),   r₂ = (recall - 1 - OS) / √2,   OS = fire times / boundaries - 1
+    precision = agreeing / fire times
+    recall    = agreeing / boundaries
+    F1        = 2 · agreeing / (fire times + boundaries)
 
-Firing often raises recall by chance; the R-value charges for it: OS is how many too many were fired (1: perfect, and below 0 for
-many too many). The constant-α baseline fires as often in each utterance, at equal distances, so that what it lacks is the knowledge
-of *where* alone. At 33 ms and ± 20 ms nearly every boundary is met by both, so look at 90 ms. The pseudo-boundaries are those that α was
-taught (boundaries.py), found here in held-out speech: changes in the teacher's codes, not a phonetician's.
+    R-value   = 1 - (|r₁| + |r₂|) / 2
+    r₁ = √((1 - recall)² + OS²),   r₂ = (recall - 1 - OS) / √2,   OS = fire times / boundaries - 1
 
-Source of the R-value: Räsänen, Laine and Altosaar, "An improved speech segmentation quality measure: the R-value", Interspeech 2009.
+Firing often raises recall by chance. The R-value charges for it: OS is the share of fire times
+that are too many. It is 1 for perfect agreement, and below 0 for far too many fire times.
 
-    python firing.py checkpoints/ofa-tiny.pt results/firing.json
+The rows "constant α" fire equally often in each utterance, but at equal distances: what they lack
+is the knowledge of *where*. At 33 ms and ± 20 ms nearly every boundary is met by both, so look at
+90 ms. The boundaries are found in held-out speech as those that taught α were found in training
+speech (parts/boundaries.py): they are changes in the teacher's codes, not marks of a phonetician.
+
+Source of the R-value: Räsänen, Laine and Altosaar, "An improved speech segmentation quality
+measure: the R-value", Interspeech 2009.
+
+    python -m extras.firing checkpoints/ofa-tiny.pt results/firing.json
 """
 
+import parts  # noqa: F401  before torch: it sets how the threads of torch wait
+
+# isort: split
 import argparse
 import json
 import sys
@@ -25,18 +37,27 @@ import torch
 
 from ofa_encoder import FRAME_MS, OFAEncoder
 from parts import boundaries
-from parts.data import loader
+from parts.data import by_length, load, loader
+from parts.teachers import fingerprint, load_teacher
 
 TOLERANCE_MS = 20
 FIRING_PERIODS_MS = (33, 50, 90)
+SEGMENT_MS = 90.0  # mean length of the segments found
 
 
 def agreeing(fires, ends, tolerance) -> int:
-    """How many pairs can be made of ascending fires and ends that lie within the tolerance, each used once."""
-    pairs, f, e = 0, 0, 0
+    """The most pairs of one fire time and one boundary that lie within the tolerance.
+
+    fires, ends: ascending times, in the tolerance's unit. Each is used in at most one pair.
+    """
+    pairs = 0
+    f = 0
+    e = 0
     while f < len(fires) and e < len(ends):
         if abs(fires[f] - ends[e]) <= tolerance + 1e-6:
-            pairs, f, e = pairs + 1, f + 1, e + 1
+            pairs += 1
+            f += 1
+            e += 1
         elif fires[f] < ends[e]:
             f += 1
         else:
@@ -45,10 +66,15 @@ def agreeing(fires, ends, tolerance) -> int:
 
 
 def scores(pairs, fires, ends) -> dict:
-    """Precision, recall, F1 and R-value from the number of agreeing pairs, fire times and boundaries."""
-    precision, recall = pairs / max(fires, 1), pairs / max(ends, 1)
-    over = fires / max(ends, 1) - 1
-    r1, r2 = np.hypot(1 - recall, over), (recall - 1 - over) / np.sqrt(2)
+    """Precision, recall, F1 and R-value, from how many pairs, fire times and boundaries there are.
+
+    Where there is nothing to divide by, precision, recall and F1 are 0.
+    """
+    precision = pairs / max(fires, 1)
+    recall = pairs / max(ends, 1)
+    over = fires / max(ends, 1) - 1  # OS
+    r1 = np.hypot(1 - recall, over)
+    r2 = (recall - 1 - over) / np.sqrt(2)
     return {
         "precision": precision,
         "recall": recall,
@@ -59,93 +85,90 @@ def scores(pairs, fires, ends) -> dict:
 
 @torch.no_grad()
 def firing(encoder, speech, ends, periods_ms=FIRING_PERIODS_MS) -> list[dict]:
-    """Two rows, α's and the constant one's, for each period. ends: the boundaries of every utterance in frames, the last its end."""
-    order, rows = np.argsort([u.samples for u in speech.utterances]), []
-    for lam in map(encoder.lam_for, periods_ms):
+    """Two rows for each frame period: of the learned α, and of a constant one.
+
+    ends: the boundaries of each utterance, in frames; the last is the utterance's end. Raises
+    ValueError for an encoder of one fixed rate.
+    """
+    rows = []
+    for lam in [encoder.lam_for(period) for period in periods_ms]:
+        # Sums over utterances of (agreeing pairs, fire times, boundaries).
         counts = {"learned α": np.zeros(3, int), "constant α": np.zeros(3, int)}
-        frames = tokens = 0
-        for used, waveforms, lengths in loader(
-            speech, [order[k : k + 16].tolist() for k in range(0, len(order), 16)]
-        ):
+        frames = 0
+        tokens = 0
+        for used, waveforms, lengths in loader(speech, by_length(speech)):
+            if not used:
+                continue
             out = encoder(waveforms, lengths, lam)
-            frames, tokens = frames + out.frames.sum().item(), tokens + out.lengths.sum().item()
+            frames += out.frames.sum().item()
+            tokens += out.lengths.sum().item()
             for b, i in enumerate(used):
-                S, T, inner = int(out.frames[b]), int(out.lengths[b]), ends[i][:-1]
-                times = out.fired.fire_times[b, :T].numpy()
-                times = times[times < S]
-                even = np.arange(1, len(times) + 1) * S / (len(times) + 1)
-                for what, fires in (("learned α", times), ("constant α", even)):
-                    counts[what] += (
-                        agreeing(fires, inner, TOLERANCE_MS / FRAME_MS),
-                        len(fires),
-                        len(inner),
-                    )
-        rows += [
-            {
-                "lam": round(lam, 2),
-                "period_ms": FRAME_MS * frames / tokens,
-                "what": what,
-                **scores(*map(int, n)),
-            }
-            for what, n in counts.items()
-        ]
+                fires = fire_times(out, b)
+                counts["learned α"] += count(fires, ends[i])
+                even = np.arange(1, len(fires) + 1) * out.frames[b].item() / (len(fires) + 1)
+                counts["constant α"] += count(even, ends[i])
+        for what, sums in counts.items():
+            row = {"lam": round(lam, 2), "period_ms": FRAME_MS * frames / tokens, "what": what}
+            rows.append({**row, **scores(*sums.tolist())})
     return rows
 
 
-def table(header, rows):
-    return "\n".join(
-        [
-            "| " + " | ".join(header) + " |",
-            "|" + " --- |" * len(header),
-            *("| " + " | ".join(map(str, row)) + " |" for row in rows),
-        ]
-    )
+def fire_times(out, b) -> np.ndarray:
+    """When the tokens of the b-th utterance fire, in frames, without one at the utterance's end."""
+    times = out.fired.fire_times[b, : out.lengths[b]].numpy()
+    return times[times < out.frames[b].item()]
 
 
-def firing_table(rows):
-    return table(
-        ["λ", "ms / token", "tokens fire by", "precision", "recall", "F1", "R-value"],
-        [
-            [
-                f"{r['lam']:g}",
-                f"{r['period_ms']:.0f}",
-                r["what"],
-                *(f"{r[k]:.3f}" for k in ("precision", "recall", "f1", "r_value")),
-            ]
-            for r in rows
-        ],
-    )
+def count(fires, ends):
+    """(agreeing pairs, fire times, boundaries) of an utterance. Times in frames."""
+    inner = ends[:-1]  # the last is the utterance's end
+    return agreeing(fires, inner, TOLERANCE_MS / FRAME_MS), len(fires), len(inner)
+
+
+def table(header, rows) -> str:
+    """A Markdown table whose columns also line up as plain text. Cells: anything that str takes."""
+    lines = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    lines.insert(1, ["-" * max(width, 3) for width in widths])
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def firing_table(rows) -> str:
+    """The rows of `firing` as Markdown."""
+    cells = []
+    for row in rows:
+        line = [f"{row['lam']:g}", f"{row['period_ms']:.0f}", row["what"]]
+        line += [f"{row[score]:.3f}" for score in ("precision", "recall", "f1", "r_value")]
+        cells.append(line)
+    header = ["λ", "ms / token", "tokens fire by", "precision", "recall", "F1", "R-value"]
+    return table(header, cells)
 
 
 def main():
-    from parts.data import load
-    from parts.teachers import load_teacher
-
     parser = argparse.ArgumentParser(
+        prog="python -m extras.firing",
         description="Do tokens fire where phones change?",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "checkpoint", nargs="?", default="checkpoints/ofa-tiny.pt", help="encoder.pt of pretrain.py"
-    )
-    parser.add_argument("out", nargs="?", default="results/firing.json", help="file for the table")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", default="checkpoints/ofa-tiny.pt", help="encoder of pretrain.py")
+    add("out", nargs="?", default="results/firing.json", help="file for the table")
     args = parser.parse_args()
-    checkpoint, out = args.checkpoint, args.out
-    encoder = OFAEncoder.from_checkpoint(checkpoint)
+    encoder = OFAEncoder.from_checkpoint(args.checkpoint)
     speech = load("asterisk").part("test")
-    path = boundaries.cache_path(speech, "mfcc", "mfcc", 90.0, "data")
+
+    # The same teacher and mean length as pretrain.py's defaults, on the test split.
+    teacher = load_teacher("mfcc")
+    path = boundaries.cache_path(speech, fingerprint(teacher), SEGMENT_MS, "data")
     if not path.exists():
-        boundaries.segment(speech, load_teacher("mfcc"), path)
+        boundaries.segment(speech, teacher, path, SEGMENT_MS)
     rows = firing(encoder, speech, boundaries.read_boundaries(path, speech))
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(
-        json.dumps(
-            {"checkpoint": checkpoint, "tolerance_ms": TOLERANCE_MS, "rows": rows},
-            indent=1,
-            ensure_ascii=False,
-        ),
-        encoding="utf-8",
-    )
+
+    content = {"checkpoint": args.checkpoint, "tolerance_ms": TOLERANCE_MS, "rows": rows}
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    Path(args.out).write_text(text, encoding="utf-8")
     print(firing_table(rows))
 
 

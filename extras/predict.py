@@ -1,13 +1,13 @@
-"""What a trained head says of recordings.
+"""What a trained head predicts of recordings.
 
     python finetune.py --task pool --data my.tsv --lam 0.5 --save-heads --out runs/mine
-    python predict.py runs/mine/pool-encoder-lam0.5-seed0.pt new.wav another.flac
+    python -m extras.predict runs/mine/pool-encoder-lam0.5-seed0.pt new.wav another.flac
 
-The file of the head also holds its encoder and λ, and what its symbols stand for. A text is spelt out; of labels, the most probable one
-is given, or of each question's, or all those with a probability over one half. A file that can't be
-read is named, the others are done, and the exit status is 1.
+The file of the head also holds its encoder and λ, and what its symbols stand for. A text is spelt
+out. Of labels, the most probable one is given, or that of each question; where several may apply,
+all those with a probability over one half.
 
-`python predict.py` says how to make one.
+A file that can't be read is named, the others are done, and the exit status is 1.
 """
 
 import argparse
@@ -21,8 +21,11 @@ from parts.heads import HEADS
 
 
 def load_head(path):
-    """What finetune.py --save-heads left: encoder and head, in eval mode, λ, and a function that spells what the head predicts of an
-    utterance. Raises ValueError if path holds something else."""
+    """What finetune.py --save-heads left: the encoder and the head, in eval mode, and a dict with
+    kind, symbols, lam and between (see finetune.save_head).
+
+    Raises ValueError if path holds something else.
+    """
     content = load_checkpoint(path)
     if "sizes" not in content:
         raise ValueError(
@@ -32,32 +35,34 @@ def load_head(path):
     try:
         head = HEADS[content["kind"]](**content["sizes"])
         head.load_state_dict(content["head"])
-        symbols, lam, between = content["symbols"], content["lam"], content["between"]
+        how = {name: content[name] for name in ("kind", "symbols", "lam", "between")}
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error!r:.200})") from None
+    return encoder, head.eval(), how
 
-    def spell(answer):
-        if content["kind"] != "pool":
-            return between.join(symbols[s] for s in answer)
-        if head.multi_label:
-            return (
-                ", ".join(
-                    f"{s} ({p:.0%})" for s, p in zip(symbols, answer.sigmoid().tolist()) if p > 0.5
-                )
-                or "nothing"
-            )
-        parts = answer.split(head.groups)  # scores of each question's labels
-        starts = [sum(head.groups[:g]) for g in range(len(parts))]
-        return ", ".join(
-            f"{symbols[start + part.argmax()]} ({part.softmax(0).max():.0%})"
-            for start, part in zip(starts, parts)
-        )
 
-    return encoder, head.eval(), lam, spell
+def spell(answer, head, how) -> str:
+    """A prediction in words. answer: symbol numbers of a text, or the scores of all labels."""
+    symbols = how["symbols"]
+    if how["kind"] != "pool":
+        return how["between"].join(symbols[s] for s in answer)
+    if head.multi_label:
+        probabilities = zip(symbols, answer.sigmoid().tolist())
+        likely = [f"{symbol} ({p:.0%})" for symbol, p in probabilities if p > 0.5]
+        return ", ".join(likely) or "nothing"
+
+    # Each of several questions has its own group of labels, and one of them is the answer.
+    answers = []
+    start = 0
+    for scores in answer.split(head.groups):
+        probability = scores.softmax(0).max()
+        answers.append(f"{symbols[start + scores.argmax()]} ({probability:.0%})")
+        start += len(scores)
+    return ", ".join(answers)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What a trained head says of recordings.")
+    parser = argparse.ArgumentParser(description="What a trained head predicts of recordings.")
     parser.add_argument(
         "head", nargs="?", help="a .pt that finetune.py --save-heads left beside a point"
     )
@@ -65,9 +70,10 @@ def main():
     args = parser.parse_args()
     if not args.files:
         raise ValueError(
-            "train a head with `python finetune.py --save-heads`, then `python predict.py HEAD.pt FILE ...`"
+            "train a head with `python finetune.py --save-heads`, "
+            "then `python -m extras.predict HEAD.pt FILE ...`"
         )
-    encoder, head, lam, spell = load_head(args.head)
+    encoder, head, how = load_head(args.head)
     failed = False
     for file in args.files:
         try:
@@ -77,9 +83,9 @@ def main():
             failed = True
             continue
         with torch.no_grad():
-            out = encoder(waveform[None], lam=lam)
+            out = encoder(waveform[None], lam=how["lam"])
             (answer,) = head.predict(torch.stack(out.hidden_states, 1), out.lengths)
-        print(f"{file}: {spell(answer)}")
+        print(f"{file}: {spell(answer, head, how)}")
     if failed:
         sys.exit(1)
 

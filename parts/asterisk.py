@@ -1,10 +1,17 @@
-"""The embedded corpus: the voice prompts of the Asterisk telephone exchange, as Debian packages them.
+"""The embedded corpus: the voice prompts of the Asterisk telephone exchange, packaged by Debian.
 
-2,592 prompts, 90 minutes, the same ones read by professional speakers in English, Spanish, French, Italian and Russian, with
-transcripts; 50 MB to fetch. Debian's packages hold 16 kHz G.722 files. They are decoded, trimmed and kept as one file,
-data/asterisk.pt. Left out: tones, silence, prompts without a transcript, and those over 15 s.
+2,592 prompts, 90 minutes: the same prompts read by professional speakers in English, Spanish,
+French, Italian and Russian, with transcripts; 50 MB to fetch. Left out are tones, silence, prompts
+without a transcript, and those over 15 s.
 
-Use it through data.py: load("asterisk"). `python asterisk.py` builds the file and prints credits.
+Ten Debian packages, two a language, hold the transcripts and the sound (16 kHz, G.722). `build`
+fetches them, decodes and trims every prompt, and writes one file:
+
+    sound        int16 (all samples,): the prompts one after the other, 16 kHz
+    utterances   JSON, a list of data.py's Utterances: where each lies in sound, text, language
+
+    python -m parts.asterisk      builds data/asterisk.pt and prints credits: this is `make data`
+    data.load("asterisk")         reads it, and builds it first where that has not been done
 """
 
 import gzip
@@ -27,11 +34,14 @@ from tqdm import tqdm
 from ofa_encoder import MIN_SAMPLES, SAMPLE_RATE
 from parts.runs import atomic_write, save
 
-MAX_SECONDS = 15.0
+MAX_SECONDS = 15.0  # prompts that last longer are left out; data.py cuts longer files into pieces
 
-CREDIT = """Asterisk core sounds, https://downloads.asterisk.org/pub/telephony/sounds/, packaged by Debian (asterisk-core-sounds).
-English and Spanish: Allison Smith; French: June Wallack (CC BY-SA 3.0). Italian: Carlo Flora; Russian: provided by
-Maxim Topal, ivrvoice.ru (CC BY 3.0). Changes made here: decoded, trimmed, transcripts normalised."""
+CREDIT = """\
+Asterisk core sounds, https://downloads.asterisk.org/pub/telephony/sounds/, packaged by Debian
+(asterisk-core-sounds). English and Spanish: Allison Smith; French: June Wallack (CC BY-SA 3.0).
+Italian: Carlo Flora; Russian: provided by Maxim Topal, ivrvoice.ru (CC BY 3.0).
+Changes made here: decoded, trimmed, transcripts normalised."""
+
 MIRRORS = (
     "https://deb.debian.org/debian/pool/main/a/asterisk-core-sounds/",
     "https://snapshot.debian.org/archive/debian/20250520T000000Z/pool/main/a/asterisk-core-sounds/",
@@ -59,144 +69,191 @@ DIGITS = {
 
 
 def build(path: Path):
-    """Fetch and decode the corpus into path, if it is not there yet. Raises OSError, with what to do, where that fails."""
-    if not path.exists():
-        print(CREDIT)
-        packages = {
-            name: _members(_fetch(name, sha, path.parent / "downloads"))
-            for name, sha in PACKAGES.items()
-        }
-        save(_decode(packages), path)
+    """Fetch and decode the corpus into path, if it is not there yet.
+
+    Raises OSError, with what to do, where that fails; then nothing is left at path.
+    """
+    if path.exists():
+        return
+    print(CREDIT)
+    packages = {}
+    for name, sha in PACKAGES.items():
+        packages[name] = _files_in(_fetch(name, sha, path.parent / "downloads"))
+    save(_decode(packages), path)
 
 
-def _fetch(name, sha, downloads) -> bytes:
-    """A Debian package, from downloads/ if it is there, else from a mirror. Only a whole and right file is ever kept."""
+# 1. From the network to files.
+
+
+def _fetch(name: str, sha: str, downloads: Path) -> bytes:
+    """A Debian package, from downloads/ if it is there, else from a mirror and then kept there.
+
+    A package with another SHA-256 is neither used nor kept. Raises OSError that names every place
+    that was tried.
+    """
     file = f"asterisk-core-sounds-{name}_1.6.1-1_all.deb"
+    places = [(downloads / file).resolve().as_uri()]
+    places += [mirror + file for mirror in MIRRORS]
     reasons = []
-    for mirror in ((downloads / file).resolve().as_uri(), *(m + file for m in MIRRORS)):
+    for place in places:
         try:
-            with urllib.request.urlopen(mirror, timeout=60) as reply:
-                size = int(reply.headers["Content-Length"] or 0)
-                with tqdm.wrapattr(
-                    reply, "read", total=size, desc=file, disable=mirror.startswith("file:")
-                ) as bar:
-                    content = bar.read()
+            content = _download(place, file)
             if hashlib.sha256(content).hexdigest() != sha:
                 raise OSError("not the expected file: its SHA-256 differs")
         except (OSError, http.client.HTTPException) as error:
-            reasons.append(f"  {mirror}: {error}")
+            reasons.append(f"  {place}: {error}")
             continue
         with atomic_write(downloads / file) as kept:
             kept.write(content)
         return content
+    tried = "\n".join(reasons)
     raise OSError(
-        "the embedded corpus could not be fetched:\n"
-        + "\n".join(reasons)
-        + f"\nTry again when there is a network, "
-        f"or put {file} (Debian's, version 1.6.1-1) into {downloads}. "
-        "Your own speech works too: --data FOLDER."
+        f"the embedded corpus could not be fetched:\n{tried}\n"
+        f"Try again when there is a network, or put {file} (Debian's, version 1.6.1-1) into "
+        f"{downloads}. Your own speech works too: --data FOLDER."
     )
 
 
-def _members(package: bytes) -> dict[str, bytes]:
-    """The files in a Debian package: an ar archive, of which one member is a tar archive."""
+def _download(url: str, name: str) -> bytes:
+    """The content of url, with a progress bar called name where it comes over a network."""
+    local = url.startswith("file:")
+    with urllib.request.urlopen(url, timeout=60) as reply:
+        size = int(reply.headers["Content-Length"] or 0)
+        with tqdm.wrapattr(reply, "read", total=size, desc=name, disable=local) as bar:
+            return bar.read()
+
+
+def _files_in(package: bytes) -> dict[str, bytes]:
+    """The files in a Debian package by path. It is an ar archive, with a tar archive in it."""
     at = 8  # after the magic "!<arch>\n"
     while at < len(package):
-        name, size = package[at : at + 16].decode().strip(), int(package[at + 48 : at + 58])
+        # A member is a header of 60 bytes, with its name and size in ASCII, and its content.
+        name = package[at : at + 16].decode().strip()
+        size = int(package[at + 48 : at + 58])
+        content = package[at + 60 : at + 60 + size]
         if name.startswith("data.tar"):
-            with tarfile.open(fileobj=io.BytesIO(package[at + 60 : at + 60 + size])) as tar:
-                return {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
-        at += 60 + size + size % 2
+            with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+                return {
+                    member.name: tar.extractfile(member).read() for member in tar if member.isfile()
+                }
+        at += 60 + size + size % 2  # members begin at even places
     raise ValueError("a Debian package without data")
 
 
-def _decode(files) -> dict:
-    """Packages' members -> {"sound": int16 (all samples,), "utterances": JSON}, the content of the cache."""
-    transcripts = {}
-    for language in LANGUAGES:
-        path = f"./usr/share/doc/asterisk-core-sounds-{language}/core-sounds-{language}.txt.gz"
-        for line in gzip.decompress(files[language][path]).decode("utf-8-sig").splitlines():
-            prompt, colon, text = line.partition(":")
-            if colon and not line.startswith(";"):
-                transcripts[prompt.strip(), language] = text.strip()
-    # [bracketed] texts describe tones; so do the unbracketed ones of the same prompts in other languages.
+# 2. From files to utterances.
+
+
+def _decode(packages: dict) -> dict:
+    """The files of each package -> what `build` saves."""
+    transcripts = _transcripts(packages)
+    # Texts in brackets describe tones. Where only some languages have the brackets, the prompt is
+    # a tone in the others too.
     tones = {prompt for (prompt, _), text in transcripts.items() if re.match(r"[\[(]", text)}
 
-    utterances, sounds, at = [], [], 0
-    sound_files = [
-        (path, language, content)
-        for language in LANGUAGES
-        for path, content in sorted(files[f"{language}-g722"].items())
-        if path.endswith(".g722")
-    ]
+    sound_files = []
+    for language in LANGUAGES:
+        for path, content in sorted(packages[f"{language}-g722"].items()):
+            if path.endswith(".g722"):
+                sound_files.append((path, language, content))
+
+    utterances = []
+    sounds = []
+    at = 0  # samples so far
     for path, language, content in tqdm(sound_files, desc="decoding", unit=" prompts"):
-        prompt = path.split("/", 6)[-1].removesuffix(
-            ".g722"
-        )  # ./usr/share/asterisk/sounds/VOICE/PROMPT.g722
+        # path is ./usr/share/asterisk/sounds/VOICE/PROMPT.g722
+        prompt = path.split("/", 6)[-1].removesuffix(".g722")
         text = normalise(transcripts.get((prompt, language), ""), language)
-        sound = trim(
-            torch.tensor(G722.G722(SAMPLE_RATE, 64_000).decode(content), dtype=torch.int16)
-        )
-        if text and prompt not in tones and MIN_SAMPLES <= len(sound) <= MAX_SECONDS * SAMPLE_RATE:
-            utterances.append(
-                dict(
-                    id=f"{language}/{prompt}",
-                    group=prompt,
-                    samples=len(sound),
-                    text=text,
-                    language=language,
-                    start=at,
-                    stop=at + len(sound),
-                )
-            )
-            sounds.append(sound)
-            at += len(sound)
+        decoded = G722.G722(SAMPLE_RATE, 64_000).decode(content)
+        sound = trim(torch.tensor(decoded, dtype=torch.int16))
+        fits = MIN_SAMPLES <= len(sound) <= MAX_SECONDS * SAMPLE_RATE
+        if not text or prompt in tones or not fits:
+            continue
+        utterance = {
+            "id": f"{language}/{prompt}",
+            "group": prompt,
+            "samples": len(sound),
+            "text": text,
+            "language": language,
+            "start": at,
+            "stop": at + len(sound),
+        }
+        utterances.append(utterance)
+        sounds.append(sound)
+        at += len(sound)
 
     join_groups(utterances)
     return {"sound": torch.cat(sounds), "utterances": json.dumps(utterances)}
 
 
-def join_groups(utterances):
-    """Prompts that say the same thing, in any language, become one group, or test texts would be heard in training."""
-    joined = {
-        u["group"]: u["group"] for u in utterances
-    }  # a forest: each prompt's parent, a root's parent is itself
+def _transcripts(packages: dict) -> dict[tuple[str, str], str]:
+    """The text of each (prompt, language), as the packages have it."""
+    transcripts = {}
+    for language in LANGUAGES:
+        path = f"./usr/share/doc/asterisk-core-sounds-{language}/core-sounds-{language}.txt.gz"
+        lines = gzip.decompress(packages[language][path]).decode("utf-8-sig").splitlines()
+        for line in lines:
+            prompt, colon, text = line.partition(":")
+            if colon and not line.startswith(";"):  # which starts a comment
+                transcripts[prompt.strip(), language] = text.strip()
+    return transcripts
 
-    def root_of(prompt):
-        return prompt if joined[prompt] == prompt else root_of(joined[prompt])
 
+def join_groups(utterances: list[dict]):
+    """Give prompts with the same text, in any language, the same group.
+
+    Otherwise one of them could be in the training part and the other in the test part. Joining
+    carries on: if a and b share a text in one language and b and c in another, all three are one
+    group. The groups are trees (union-find), and the root's name is the group's.
+    """
+    parent = {u["group"]: u["group"] for u in utterances}  # at first each is its own root
     first_with_text = {}
     for u in utterances:
-        joined[root_of(u["group"])] = root_of(first_with_text.setdefault(u["text"], u["group"]))
+        first = first_with_text.setdefault(u["text"], u["group"])
+        parent[_root(parent, u["group"])] = _root(parent, first)
     for u in utterances:
-        u["group"] = root_of(u["group"])
+        u["group"] = _root(parent, u["group"])
+
+
+def _root(parent: dict[str, str], group: str) -> str:
+    while parent[group] != group:
+        group = parent[group]
+    return group
 
 
 def normalise(text: str, language: str) -> str:
-    """Lower case, composed characters, digits as words; letters and apostrophes are kept, all else becomes a space."""
+    """Lower case, and digits as words; letters and apostrophes are kept, all else is a space."""
+    # NFC: an accented letter is one character, however it was typed.
     text = unicodedata.normalize("NFC", text).lower().replace("’", "'")
-    text = re.sub("[0-9]", lambda digit: f" {DIGITS[language][int(digit[0])]} ", text)
+    for digit, word in enumerate(DIGITS[language]):
+        text = text.replace(str(digit), f" {word} ")
     return " ".join(re.sub(r"[^\w']|_", " ", text).split())
 
 
 def trim(sound: Tensor, floor_db=-40.0, margin=800) -> Tensor:
-    """Cut the silence at both ends of sound (samples,): all that lies floor_db below its loudest 20 ms, but for 50 ms."""
-    loudness = (
-        sound[: len(sound) // 320 * 320].float().view(-1, 320).pow(2).mean(1)
-    )  # (20 ms steps,)
-    loud = (
-        (loudness > loudness.max(dim=0, keepdim=True).values * 10 ** (floor_db / 10)).nonzero()
-        if len(loudness)
-        else loudness
-    )
-    if not len(loud):
+    """Cut the silence at both ends of sound (samples,), but for a margin of 50 ms.
+
+    Silence is whatever lies floor_db below the loudest 20 ms. Nothing is left of sound that is
+    silent throughout, or shorter than 20 ms.
+    """
+    step = 320  # 20 ms
+    steps = len(sound) // step
+    if steps == 0:
         return sound[:0]
-    return sound[max(int(loud[0]) * 320 - margin, 0) : (int(loud[-1]) + 1) * 320 + margin]
+    loudness = sound[: steps * step].float().view(steps, step).pow(2).mean(1)  # (steps,)
+    loud = (loudness > loudness.max() * 10 ** (floor_db / 10)).nonzero()
+    if len(loud) == 0:
+        return sound[:0]
+    start = int(loud[0]) * step - margin
+    stop = (int(loud[-1]) + 1) * step + margin
+    return sound[max(start, 0) : stop]
 
 
 if __name__ == "__main__":
     path = Path("data/asterisk.pt")
-    print(f"{path} is there already.\n{CREDIT}" if path.exists() else f"building {path}")
+    if path.exists():
+        print(f"{path} is there already.\n{CREDIT}")
+    else:
+        print(f"building {path}")
     try:
         build(path)
     except OSError as error:

@@ -1,14 +1,22 @@
-"""What a downstream head hears of an utterance, computed once and kept; and what that costs.
+"""Hidden states for the heads: computed once and kept, since the encoder is frozen.
 
     waveform ─ CNN ─ frames (S, C) ─ encoder at λ ─ hidden states (L + 1, T, D)
-                     kept for every λ (FrameCache)      kept for every seed (HiddenStateCache)
+                     FrameCache                     HiddenStateCache
+                     one for every λ                one for every seed at that λ
 
-The encoder is frozen, so neither changes while heads are trained, and the CNN, most of the cost, runs once for a whole sweep.
-Where the encoder is trained too (UnfrozenEncoder), or the corpus is larger than the memory (--keep nothing), it runs at every batch.
+Neither changes while heads are trained, and the CNN, most of the cost, does not depend on λ: it
+runs once for a whole sweep. A corpus that exceeds the memory is encoded anew for every batch
+(keep=False), and so is one whose encoder is trained with the head (UnfrozenEncoder).
 
-Baselines hear something else: logmel (80 log-mel channels, a frame every 20 ms), random (the encoder with untrained
-weights), deaf (one zero vector, whatever was said: what the head knows without hearing).
+Whatever gives a head its input is called with a list of utterances and returns
 
+    states (B, L + 1, T, D)     the Transformer's input and the output of each of its L layers,
+                                zero past the end of each utterance
+    lengths (B,)                the number of tokens of each
+
+Baselines replace the encoder (--features): `random` has its shape and untrained weights, `logmel`
+is 80 log-mel channels every 20 ms, and `deaf` is one zero vector, whatever the recording: what the
+head knows without it.
 """
 
 import time
@@ -26,98 +34,113 @@ FEATURES = ("encoder", "random", "logmel", "deaf")
 
 
 class FrameCache:
-    """What the CNN makes of each utterance, which λ does not change: frames(indices) gives x (B, S, C), zero past each length,
-    and the number of frames (B,). Kept in half precision, or computed at every call (keep=False: the corpus exceeds the memory)."""
+    """The CNN's frames of each utterance, which λ does not change.
+
+    frames(indices) returns x (B, S, C), zero past each length, and the numbers of frames (B,).
+    keep: keep them, in half precision; else they are computed at every call.
+    """
 
     def __init__(self, speech: Speech, encoder, device, keep=True):
-        self.speech, self.encoder, self.device, self.x, started = (
-            speech,
-            encoder,
-            device,
-            None,
-            time.time(),
-        )
-        kept = {}
-        for indices in tqdm(
-            by_length(speech) if keep else [], desc="frames", unit=" batches", leave=False
-        ):
-            for i, x, n in zip(indices, *self(indices)):
-                kept[i] = x[:n].half().cpu()
-        self.x, self.seconds = kept or None, time.time() - started
+        self.speech = speech
+        self.encoder = encoder
+        self.device = device
+        self.kept = {}  # utterance: its frames (S, C)
+        started = time.time()
+        order = by_length(speech) if keep else []
+        for indices in tqdm(order, desc="frames", unit=" batches", leave=False):
+            x, lengths = self.compute(indices)
+            for i, row, n in zip(indices, x, lengths):
+                self.kept[i] = row[:n].half().cpu()
+        self.seconds = time.time() - started  # what computing them all took
+
+    def __call__(self, indices):
+        if not self.kept:
+            return self.compute(indices)
+        rows = [self.kept[i] for i in indices]
+        x = pad_sequence(rows, batch_first=True).to(self.device).float()  # (B, S, C)
+        return x, torch.tensor([len(row) for row in rows], device=self.device)
 
     @torch.no_grad()
-    def __call__(self, indices):
-        if self.x is None:
-            return self.encoder.features(
-                *(t.to(self.device) for t in pad([self.speech[i] for i in indices]))
-            )
-        rows = [self.x[i] for i in indices]
-        return pad_sequence(rows, batch_first=True).to(self.device).float(), torch.tensor(
-            [len(x) for x in rows], device=self.device
-        )
+    def compute(self, indices):
+        waveforms, lengths = pad([self.speech[i] for i in indices])
+        return self.encoder.features(waveforms.to(self.device), lengths.to(self.device))
 
 
 class HiddenStateCache:
-    """What the head hears of each utterance: heard(indices) gives hidden states (B, L + 1, T, D), zero past each length, and the
-    number of tokens (B,); and what that costs. Kept like FrameCache; if not, the cost is measured on a sample."""
+    """The hidden states of each utterance at one λ, or a baseline's features; and what they cost.
+
+    states(indices) returns what the head gets, see the top of this file. keep: as of FrameCache;
+    without it the cost is measured on a sample of the utterances.
+
+    features: one of FEATURES; encoder, frames: None for logmel and deaf.
+    """
 
     def __init__(
         self, speech: Speech, features, encoder, lam, device, frames: FrameCache | None, keep=True
     ):
-        self.speech, self.features, self.encoder, self.lam, self.device, self.frames = (
-            speech,
-            features,
-            encoder,
-            lam,
-            device,
-            frames,
-        )
-        self.states, self.tokens, n_frames, started, kept = None, 0, 0, time.time(), {}
+        self.speech = speech
+        self.features = features
+        self.encoder = encoder
+        self.lam = lam
+        self.device = device
+        self.frames = frames
+        self.kept = {}  # utterance: its hidden states (L + 1, T, D)
+        self.tokens = 0  # of all utterances, or of the sample
+
+        started = time.time()
+        n_frames = 0
         order = by_length(speech)
-        for indices in tqdm(
-            order if keep else order[:: max(1, len(order) // 13)],
-            desc=f"{features} at λ = {lam:g}",
-            unit=" batches",
-            leave=False,
-        ):
-            states, tokens = self(indices)
+        used = order if keep else order[:: max(1, len(order) // 13)]
+        name = f"{features} at λ = {lam:g}"
+        for indices in tqdm(used, desc=name, unit=" batches", leave=False):
+            states, lengths = self.compute(indices)
             if keep:
-                kept |= {i: x[:, :n].half().cpu() for i, x, n in zip(indices, states, tokens)}
+                for i, row, n in zip(indices, states, lengths):
+                    self.kept[i] = row[:, :n].half().cpu()
             n_frames += sum(frames_of(speech.utterances[i].samples) for i in indices)
-            self.tokens += tokens.sum().item()
-        self.states, self.period_ms, self.seconds = (
-            kept or None,
-            FRAME_MS * n_frames / self.tokens,
-            time.time() - started,
-        )
-        order = sum(order, [])
-        few = [speech[i] for i in order[:: max(1, len(order) // 20)]]
-        self.gflops = transformer_gflops(encoder, few, lam, device) if encoder else 0.0
+            self.tokens += lengths.sum().item()
+        self.seconds = time.time() - started
+        self.period_ms = FRAME_MS * n_frames / self.tokens
+
+        # The work is counted on some twenty utterances, each encoded alone.
+        self.gflops = 0.0
+        if encoder:
+            flat = [i for indices in order for i in indices]
+            some = [speech[i] for i in flat[:: max(1, len(flat) // 20)]]
+            self.gflops = transformer_gflops(encoder, some, lam, device)
+
+    def __call__(self, indices):
+        if not self.kept:
+            return self.compute(indices)
+        return self.stack([self.kept[i] for i in indices])
 
     @torch.no_grad()
-    def __call__(self, indices):
-        if self.states is None and self.encoder:
-            out = self.encoder.encode(*self.frames(indices), self.lam)
+    def compute(self, indices):
+        if self.encoder:
+            x, frames = self.frames(indices)
+            out = self.encoder.encode(x, frames, self.lam)
             return torch.stack(out.hidden_states, 1), out.lengths
-        if self.states is not None:
-            rows = [self.states[i].transpose(0, 1) for i in indices]  # (T, L + 1, D) each
-        else:
-            rows = [
-                (log_mel(self.speech[i]) if self.features == "logmel" else torch.zeros(1, 8))[
-                    :, None
-                ]
-                for i in indices
-            ]
-        hidden = pad_sequence(rows, batch_first=True).to(self.device).float().transpose(1, 2)
-        return hidden, torch.tensor([len(row) for row in rows], device=self.device)
+        if self.features == "logmel":
+            return self.stack([log_mel(self.speech[i])[None] for i in indices])
+        return self.stack([torch.zeros(1, 1, 8) for _ in indices])
+
+    def stack(self, rows):
+        """Hidden states (L + 1, T, D) of each utterance, to the padded batch and its lengths."""
+        by_time = [row.transpose(0, 1) for row in rows]  # (T, L + 1, D)
+        states = pad_sequence(by_time, batch_first=True).to(self.device).float()
+        lengths = torch.tensor([len(row) for row in by_time], device=self.device)
+        return states.transpose(1, 2), lengths  # (B, L + 1, T, D)
 
 
 class TrainableSource(nn.Module):
-    """As HiddenStateCache, but something in it is trained with the head. What finetune.train asks of it beyond hidden states:"""
+    """Hidden states, like HiddenStateCache, from something that is trained with the head.
+
+    What finetune.train asks of it, besides the hidden states:
+    """
 
     groups = ()  # its parameters, as groups for the optimiser
-    cost = 0.0  # of the last batch, added to the head's loss
-    keep_last = False  # keep the last epoch, instead of the one with the best validation score
+    cost = 0.0  # of the last batch: added to the head's loss
+    keep_last = False  # keep the last epoch, not the one with the best validation score
 
     def watch(self) -> dict:
         """What to write into the history of each epoch."""
@@ -125,16 +148,19 @@ class TrainableSource(nn.Module):
 
 
 class UnfrozenEncoder(TrainableSource):
-    """The encoder is run anew, and trained, at every batch (--unfreeze)."""
+    """The encoder, which runs at every batch and is trained with the head (--unfreeze)."""
 
     def __init__(self, speech: Speech, encoder, lam, device, lr):
         super().__init__()
-        self.speech, self.encoder, self.lam, self.device = speech, encoder, lam, device
+        self.speech = speech
+        self.encoder = encoder
+        self.lam = lam
+        self.device = device
         self.groups = [{"params": encoder.parameters(), "lr": lr}]
 
     def forward(self, indices):
-        waveforms, lengths = (t.to(self.device) for t in pad([self.speech[i] for i in indices]))
-        out = self.encoder(waveforms, lengths, self.lam)
+        waveforms, lengths = pad([self.speech[i] for i in indices])
+        out = self.encoder(waveforms.to(self.device), lengths.to(self.device), self.lam)
         return torch.stack(out.hidden_states, 1), out.lengths
 
 

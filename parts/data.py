@@ -1,16 +1,21 @@
-"""Where speech comes from: the embedded corpus, a folder of sound files, or LibriSpeech through torchaudio.
+"""Where speech comes from: the embedded corpus, a folder of sound files, or LibriSpeech.
 
-    load("asterisk")                     2,592 prompts in five languages, 90 minutes: see asterisk.py
-    load("my/folder")                    any rate, any number of channels, any format that soundfile reads
+    load("asterisk")                     2,592 prompts in five languages, 90 minutes: asterisk.py
+    load("my/folder")                    sound files of any rate, channels and format
     load("librispeech:train-clean-100")  downloaded on first use; join subsets with +
 
-Each gives a `Speech`: a list of utterances whose sound, 16 kHz mono floats in [-1, 1], is read when asked for.
-`speech.part("train")`, "valid" and "test" never share a group: a prompt in all its languages, a folder, a speaker.
-`batches` makes batches by seconds of audio, of utterances of like length.
+Each gives a `Speech`: a list of utterances. Its sound, (samples,) of 16 kHz mono floats in [-1, 1],
+is read only when it is asked for, so a corpus may be larger than memory.
 
+Utterances come in groups: a prompt in all its languages, a folder, a speaker. The parts "train",
+"valid" and "test" never share a group.
+
+A batch is a list of indices. `batches` and `by_length` put utterances of similar length together,
+as many as fit into so many seconds of audio once the shorter ones are padded to the longest.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -25,13 +30,17 @@ import soundfile
 import torch
 import torchaudio
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ofa_encoder import MIN_SAMPLES, SAMPLE_RATE
 from parts import asterisk
-from parts.asterisk import MAX_SECONDS  # longer files are cut into equal pieces
+from parts.asterisk import MAX_SECONDS
 
 SPLITS = ("train", "valid", "test")
+
+
+# 1. Utterances.
 
 
 @dataclass(slots=True)
@@ -46,13 +55,20 @@ class Utterance:
     stop: int = 0  # and the one after its last, at the file's own rate
 
 
-class Speech(torch.utils.data.Dataset):
-    """Utterances, and speech[i]: the waveform (samples,) of the i-th. held_out: the shares of valid and test."""
+class Speech(Dataset):
+    """A list of utterances; speech[i] is the waveform (samples,) of the i-th.
+
+    held_out: the shares of utterances that go to valid and to test.
+    sound: int16 (all samples,) where the sound of all utterances is one tensor, or None where it
+    lies in files.
+    """
 
     def __init__(
         self, utterances: list[Utterance], held_out=(0.1, 0.2), sound: Tensor | None = None
     ):
-        self.utterances, self.held_out, self.sound = utterances, held_out, sound
+        self.utterances = utterances
+        self.held_out = held_out
+        self.sound = sound
 
     def __len__(self):
         return len(self.utterances)
@@ -63,125 +79,264 @@ class Speech(torch.utils.data.Dataset):
 
     def __getitem__(self, i) -> Tensor:
         u = self.utterances[i]
-        if self.sound is not None:
-            return self.sound[u.start : u.stop].float() / 32768
-        return read_sound(u.path, u.start, u.stop)
+        if self.sound is None:
+            return read_sound(u.path, u.start, u.stop)
+        return self.sound[u.start : u.stop].float() / 32768
 
     def part(self, split: str) -> "Speech":
-        """The utterances of "train", "valid" or "test". Which group goes where depends on the corpus alone: groups are
-        taken in the order of a hash of their names, first for test, then for valid, until these hold their share."""
-        wanted = {"test": self.held_out[1] * len(self), "valid": self.held_out[0] * len(self)}
-        sizes, held, side = Counter(u.group for u in self.utterances), Counter(), {}
-        for group in sorted(sizes, key=lambda g: hashlib.sha1(g.encode()).digest()):
-            side[group] = next((name for name in wanted if held[name] < wanted[name]), "train")
-            held[side[group]] += sizes[group]
-        if set(side.values()) != set(SPLITS):
+        """The utterances of "train", "valid" or "test"; the same ones whenever it is called.
+
+        Raises ValueError if one of the three would be empty.
+        """
+        sizes = Counter(u.group for u in self.utterances)
+        n_valid = self.held_out[0] * len(self)
+        n_test = self.held_out[1] * len(self)
+
+        # Groups are dealt out in an order that looks random but depends on their names alone: first
+        # to test, then to valid, until each holds its share; the rest is for training.
+        split_of = {}
+        count = Counter()
+        for group in sorted(sizes, key=_digest):
+            if count["test"] < n_test:
+                side = "test"
+            elif count["valid"] < n_valid:
+                side = "valid"
+            else:
+                side = "train"
+            split_of[group] = side
+            count[side] += sizes[group]
+
+        if set(split_of.values()) != set(SPLITS):
             raise ValueError(
-                f"{len(self)} utterances in {len(sizes)} groups (folders, speakers) are too few to hold some "
-                "out for validation and test: add files, or put them into one folder"
+                f"{len(self)} utterances in {len(sizes)} groups (folders, speakers) are too few to "
+                "hold some out for validation and test: add files, or put them into one folder"
             )
-        return Speech(
-            [u for u in self.utterances if side[u.group] == split], self.held_out, self.sound
-        )
+        kept = [u for u in self.utterances if split_of[u.group] == split]
+        return Speech(kept, self.held_out, self.sound)
 
     def subset(self, count: int) -> "Speech":
-        """So many of the utterances, evenly spread; all, if there are fewer."""
+        """So many of the utterances, evenly spread over the list; all, if there are fewer."""
         count = min(count, len(self))
-        return Speech(
-            [self.utterances[k * len(self) // count] for k in range(count)],
-            self.held_out,
-            self.sound,
-        )
+        kept = [self.utterances[k * len(self) // count] for k in range(count)]
+        return Speech(kept, self.held_out, self.sound)
+
+
+def _digest(text: str) -> bytes:
+    """Python's own hash() of a string differs from run to run, so a real one is used."""
+    return hashlib.sha1(text.encode()).digest()
+
+
+# 2. Corpora.
 
 
 def load(name: str, root="data") -> Speech:
-    """The corpus called name (see the top of this file); what is downloaded or cached lies under root.
-    Raises ValueError or OSError, with what to do, where nothing usable is found."""
+    """The corpus called name (see the top of this file).
+
+    What is downloaded or cached lies under root. Raises ValueError or OSError, with what to do,
+    where nothing usable is found.
+    """
     if name == "asterisk":
-        cache = Path(root) / "asterisk.pt"
-        asterisk.build(cache)
-        try:
-            content = torch.load(cache, weights_only=True, mmap=True)
-            utterances, sound = (
-                [Utterance(**u) for u in json.loads(content["utterances"])],
-                content["sound"],
-            )
-        except Exception as error:  # as in load_checkpoint
-            raise ValueError(
-                f"{cache} is damaged ({type(error).__name__}): delete it, and it will be built again"
-            ) from None
-        return Speech(utterances, held_out=(0.1, 0.2), sound=sound)
+        return _load_asterisk(Path(root) / "asterisk.pt")
     if name.startswith("librispeech:"):
         return librispeech(name.removeprefix("librispeech:").split("+"), Path(root))
     return folder(Path(name))
 
 
-def batches(speech: Speech, seconds: float, seed: int):
-    """Forever, epoch after epoch: lists of indices of utterances of similar length, whose padded batch
-    lasts up to `seconds`, or of a single utterance that is longer. Each utterance comes once an epoch.
-    The order depends on seed alone."""
-    samples = np.array([u.samples for u in speech.utterances])
-    for epoch in range(sys.maxsize):
-        random = np.random.default_rng([seed, epoch])
-        # The jitter gives an utterance other companions of similar length in every epoch.
-        order = np.argsort(samples * random.uniform(0.9, 1.1, len(samples)))
-        packed = pack(order, samples, seconds)
-        for k in random.permutation(len(packed)):
-            yield packed[k]
+def _load_asterisk(path: Path) -> Speech:
+    asterisk.build(path)
+    try:
+        # With mmap, sound is read from the file as it is needed.
+        content = torch.load(path, weights_only=True, mmap=True)
+        utterances = [Utterance(**fields) for fields in json.loads(content["utterances"])]
+        sound = content["sound"]
+    except Exception as error:  # torch has a different exception for each kind of damage
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}): delete it, and it will be built again"
+        ) from None
+    return Speech(utterances, held_out=(0.1, 0.2), sound=sound)
 
 
-def by_length(speech: Speech, seconds=30.0) -> list[list[int]]:
-    """All utterances once, from short to long, in batches as `batches` makes them."""
-    samples = np.array([u.samples for u in speech.utterances])
-    return pack(np.argsort(samples, kind="stable"), samples, seconds)
+def folder(path: Path) -> Speech:
+    """Every sound file under path. A file that can't be used is named and left out."""
+    if not path.is_dir():
+        raise ValueError(
+            f"no such folder: {path} "
+            "(--data takes asterisk, librispeech:SUBSET or a folder of sound files)"
+        )
+    # What soundfile can open, but for RAW: a file without a header does not say its rate.
+    formats = set(soundfile.available_formats()) - {"RAW"}
+    suffixes = {f".{name.lower()}" for name in formats} | {".aif", ".oga", ".opus"}
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+
+    # Most corpora have a folder for each speaker or recording. If there are only a few folders,
+    # they mean something else, and each file is a group of its own.
+    by_folder = len({p.parent for p in files}) >= 10
+    entries = []
+    for p in files:
+        group = str(p.parent.relative_to(path)) if by_folder else p.name
+        entries.append((p, str(p.relative_to(path)), group, ""))
+    return from_files(entries, held_out=(0.05, 0.05), where=path)
 
 
-def pack(order, samples, seconds) -> list[list[int]]:
-    """Cut order, indices into samples, into batches that last up to `seconds` when padded."""
-    packed = []
-    batch, longest = [], 0
-    for i in order:
-        longest = max(longest, samples[i])
-        if batch and longest * (len(batch) + 1) > seconds * SAMPLE_RATE:
-            packed.append(batch)
-            batch, longest = [], samples[i]
-        batch.append(int(i))
-    packed.append(batch)
-    return packed
+def librispeech(subsets: list[str], root: Path) -> Speech:
+    """Subsets of LibriSpeech (Panayotov et al., ICASSP 2015), grouped by speaker."""
+    entries = []
+    for subset in subsets:
+        place = root / "LibriSpeech" / subset
+        if not place.is_dir():
+            _download_librispeech(subset, root)
+        corpus = torchaudio.datasets.LIBRISPEECH(root, subset)
+        try:
+            for i in range(len(corpus)):
+                path, _, text, speaker, _, _ = corpus.get_metadata(i)
+                file = root / "LibriSpeech" / path
+                entries.append((file, file.stem, f"speaker {speaker}", text.lower()))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{place} is not as LibriSpeech is distributed ({error})") from None
+    return from_files(entries, held_out=(0.01, 0.01), where=root / "LibriSpeech")
 
 
-def pad(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Waveforms of any lengths -> (B, samples), padded with zeros, and lengths (B,)."""
-    lengths = torch.tensor([len(w) for w in waveforms])
-    return torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True), lengths
+def _download_librispeech(subset: str, root: Path):
+    """Download a subset to root/LibriSpeech. Raises OSError; then nothing is left behind."""
+    home = root / "LibriSpeech"
+    print(f"downloading LibriSpeech {subset} to {home} (openslr.org/12, CC BY 4.0)")
+    # It is unpacked elsewhere and moved when complete, so that what lies in home can be trusted.
+    unpacked = root / f"{subset}.partial"
+    try:
+        unpacked.mkdir(parents=True, exist_ok=True)
+        torchaudio.datasets.LIBRISPEECH(unpacked, subset, download=True)
+        home.mkdir(exist_ok=True)
+        os.replace(unpacked / "LibriSpeech" / subset, home / subset)
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"LibriSpeech {subset} could not be downloaded ({error}). Try again, or unpack it "
+            f"yourself so that {home / subset} exists. Your own speech works too: --data FOLDER."
+        ) from None
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
+
+
+def from_files(entries, held_out, where, cut=True) -> Speech:
+    """Speech from a list of sound files, of which only the headers are read now.
+
+    entries: (path, id, group, text) of each. where: what to call the list in an error. cut: make
+    several utterances of a file longer than MAX_SECONDS, with ids ID#0, ID#1 and so on.
+    A file that can't be used is named and left out. Raises ValueError if none is left.
+    """
+    utterances = []
+    left_out = []
+    many = len(entries) >= 1000
+    for path, id, group, text in tqdm(
+        entries, desc="reading headers", unit=" files", disable=not many
+    ):
+        try:
+            length, rate = _read_header(path)
+        except (soundfile.SoundFileError, OSError, ValueError) as error:
+            left_out.append(f"left out: {path} ({error})")
+            continue
+        id = " ".join(id.split())  # a tab would break the files of boundaries
+        pieces = 1
+        if cut:
+            pieces = math.ceil(_samples_at_16_khz(length, rate) / (MAX_SECONDS * SAMPLE_RATE))
+        for k in range(pieces):
+            start = k * length // pieces
+            stop = (k + 1) * length // pieces
+            utterance = Utterance(
+                id=f"{id}#{k}" if pieces > 1 else id,
+                group=group,
+                samples=_samples_at_16_khz(stop - start, rate),
+                text=text,
+                path=str(path),
+                start=start,
+                stop=stop,
+            )
+            utterances.append(utterance)
+    for line in left_out:
+        print(line, file=sys.stderr)
+    if not utterances:
+        raise ValueError(f"no usable sound file in {where}: {len(left_out)} were left out")
+    return Speech(utterances, held_out)
+
+
+def _read_header(path) -> tuple[int, int]:
+    """Length of a sound file in samples, and its sampling rate.
+
+    Raises soundfile.SoundFileError, OSError or ValueError if the file can't be used.
+    """
+    with soundfile.SoundFile(path) as file:
+        length = file.frames
+        rate = file.samplerate
+        if length == 0:
+            raise ValueError("empty")
+        # The header of a file that was cut off is intact, so see whether its end is there.
+        file.seek(length - 1)
+        if len(file.read(1)) == 0:
+            raise ValueError("its end can't be read")
+    if _samples_at_16_khz(length, rate) < MIN_SAMPLES:
+        raise ValueError(f"{1000 * length / rate:.0f} ms, shorter than one frame (25 ms)")
+    return length, rate
+
+
+def _samples_at_16_khz(length: int, rate: int) -> int:
+    """How many samples read_sound makes of `length` samples at another rate."""
+    return math.ceil(length * SAMPLE_RATE / rate)
+
+
+# 3. Sound.
 
 
 def read_sound(path, start=0, stop=None) -> Tensor:
-    """A stretch of a sound file as 16 kHz mono (samples,). Raises ValueError that names the file if it can't be used."""
+    """A stretch of a sound file as 16 kHz mono (samples,).
+
+    start, stop: in samples at the file's own rate; default: all of it. Raises ValueError that names
+    the file if it can't be used.
+    """
     try:
         sound, rate = soundfile.read(path, start=start, stop=stop, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
         raise ValueError(f"{path}: {error}") from None
-    # The resampling filter grows as the rates' common divisor shrinks: to gigabytes at 8001 Hz. Odd rates are rounded, by 12 Hz at the most.
-    waveform = torchaudio.functional.resample(
-        torch.from_numpy(sound).mean(1), 25 * max(1, round(rate / 25)), SAMPLE_RATE
-    )
-    waveform = torch.nn.functional.pad(
-        waveform, (0, math.ceil(len(sound) * SAMPLE_RATE / rate) - len(waveform))
-    )
+    waveform = torch.from_numpy(sound).mean(1)  # (samples, channels) -> (samples,)
+
+    # The resampling filter grows as the greatest common divisor of the two rates shrinks, to
+    # gigabytes at 8001 Hz. So the rate is rounded to a multiple of 25 Hz, which is off by 12 Hz at
+    # most. Usual rates are such multiples. The length is made what the true rate gives.
+    rounded = 25 * max(1, round(rate / 25))
+    waveform = torchaudio.functional.resample(waveform, rounded, SAMPLE_RATE)
+    missing = _samples_at_16_khz(len(sound), rate) - len(waveform)  # cuts, if negative
+    waveform = torch.nn.functional.pad(waveform, (0, missing))
+
     if len(waveform) < MIN_SAMPLES:
         raise ValueError(
-            f"{path}: {len(waveform)} samples at 16 kHz, too short: at least {MIN_SAMPLES} (25 ms) are needed"
+            f"{path}: {len(waveform)} samples at 16 kHz, too short: "
+            f"at least {MIN_SAMPLES} (25 ms) are needed"
         )
     if not waveform.isfinite().all():
         raise ValueError(f"{path}: holds NaN or infinite samples")
     return waveform
 
 
-class _Readable(torch.utils.data.Dataset):
-    """speech[i] with its index; None, and a line that says why, where the sound can't be read after all."""
+def pad(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Waveforms of any lengths -> (B, samples), padded with zeros, and their lengths (B,)."""
+    lengths = torch.tensor([len(waveform) for waveform in waveforms])
+    return torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True), lengths
 
-    def __init__(self, speech):
+
+def loader(speech: Speech, plan, workers=0):
+    """An iterator over plan, lists of indices, that reads the sound of each list.
+
+    Gives (indices, waveforms (B, samples), lengths (B,) in samples). workers: processes that read
+    ahead of time; 0 reads in this one. An utterance that can't be read is named and left out. If
+    none is left, or the list was empty, indices is empty and the only waveform is one frame of
+    silence, so that a model can be called all the same.
+    """
+    readable = _Readable(speech)
+    return iter(DataLoader(readable, batch_sampler=plan, num_workers=workers, collate_fn=_collate))
+
+
+class _Readable(Dataset):
+    """(i, waveform) of speech; None where the sound can't be read, and a line that says why."""
+
+    def __init__(self, speech: Speech):
         self.speech = speech
 
     def __getitem__(self, i):
@@ -189,127 +344,63 @@ class _Readable(torch.utils.data.Dataset):
             return i, self.speech[i]
         except ValueError as error:
             print(f"left out: {error}", file=sys.stderr)
+            return None
 
 
 def _collate(items):
-    items = [item for item in items if item is not None] or [(None, torch.zeros(MIN_SAMPLES))]
-    indices, waveforms = zip(*items)
-    return [i for i in indices if i is not None], *pad(waveforms)
+    """What _Readable gave for a list of indices -> what loader gives."""
+    items = [item for item in items if item is not None]
+    indices = [i for i, _ in items]
+    waveforms = [waveform for _, waveform in items]
+    if not items:
+        waveforms = [torch.zeros(MIN_SAMPLES)]
+    return indices, *pad(waveforms)
 
 
-def loader(speech: Speech, plan, workers=0):
-    """An iterator over plan's lists of indices that gives (indices, waveforms (B, samples), lengths (B,)) for each, read by
-    so many processes ahead of time. An utterance that can't be read is named and left out; if none is left, the indices
-    are empty and the waveform is one frame of silence."""
-    return iter(
-        torch.utils.data.DataLoader(
-            _Readable(speech), batch_sampler=plan, num_workers=workers, collate_fn=_collate
-        )
-    )
+# 4. Batches.
 
 
-def folder(path: Path) -> Speech:
-    """Every sound file under path. A file that can't be used is named and left out."""
-    if not path.is_dir():
-        raise ValueError(
-            f"no such folder: {path} (--data takes asterisk, librispeech:SUBSET or a folder of sound files)"
-        )
-    suffixes = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"} | {
-        ".aif",
-        ".oga",
-        ".opus",
-    }
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
-    folders = {p.parent for p in files}
-    speakers = (
-        len(folders) >= 10
-    )  # many folders: one a speaker or a recording, as most corpora have it
-    entries = [
-        (p, str(p.relative_to(path)), str(p.parent.relative_to(path)) if speakers else p.name, "")
-        for p in files
-    ]
-    return from_files(entries, held_out=(0.05, 0.05), where=path)
+def batches(speech: Speech, seconds: float, seed: int):
+    """Batches without end, epoch after epoch, each of utterances of similar length.
+
+    A batch is as long as `seconds` allow (see `pack`). Each utterance comes once an epoch, and the
+    order depends on seed alone. Raises ValueError if there are no utterances.
+    """
+    if len(speech) == 0:
+        raise ValueError("there are no utterances to make batches of")
+    samples = np.array([u.samples for u in speech.utterances])
+    for epoch in itertools.count():
+        random = np.random.default_rng([seed, epoch])
+        # Lengths are jittered before they are sorted, so that an utterance does not share its
+        # batch with the same others in every epoch.
+        order = np.argsort(samples * random.uniform(0.9, 1.1, len(samples)))
+        packed = pack(order, samples, seconds)
+        for k in random.permutation(len(packed)):
+            yield packed[k]
 
 
-def librispeech(subsets: list[str], root: Path) -> Speech:
-    """LibriSpeech through torchaudio. A download that breaks off leaves nothing behind."""
-    entries = []
-    for subset in subsets:
-        if not (root / "LibriSpeech" / subset).is_dir():
-            unpacked = root / f"{subset}.partial"
-            print(
-                f"downloading LibriSpeech {subset} to {root / 'LibriSpeech'} (openslr.org/12, CC BY 4.0)"
-            )
-            try:
-                unpacked.mkdir(parents=True, exist_ok=True)
-                torchaudio.datasets.LIBRISPEECH(unpacked, subset, download=True)
-                (root / "LibriSpeech").mkdir(exist_ok=True)
-                os.replace(unpacked / "LibriSpeech" / subset, root / "LibriSpeech" / subset)
-            except (OSError, RuntimeError) as error:
-                raise OSError(
-                    f"LibriSpeech {subset} could not be downloaded ({error}). Try again, or unpack it yourself so "
-                    f"that {root / 'LibriSpeech' / subset} exists. "
-                    "Your own speech works too: --data FOLDER."
-                ) from None
-            finally:
-                shutil.rmtree(unpacked, ignore_errors=True)
-        data = torchaudio.datasets.LIBRISPEECH(root, subset)
-        try:
-            for path, _, text, speaker, _, _ in map(data.get_metadata, range(len(data._walker))):
-                entries.append(
-                    (
-                        root / "LibriSpeech" / path,
-                        Path(path).stem,
-                        f"speaker {speaker}",
-                        text.lower(),
-                    )
-                )
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{root / 'LibriSpeech' / subset} is not as LibriSpeech is distributed ({error})"
-            ) from None
-    return from_files(entries, held_out=(0.01, 0.01), where=root / "LibriSpeech")
+def by_length(speech: Speech, seconds=30.0) -> list[list[int]]:
+    """Batches of all utterances, once each, from short to long (see `pack`)."""
+    samples = np.array([u.samples for u in speech.utterances])
+    return pack(np.argsort(samples, kind="stable"), samples, seconds)
 
 
-def from_files(entries, held_out, where, cut=True) -> Speech:
-    """entries: (path, id, group, text) each. Reads the headers only; the sound stays on disk. A file that can't be used is
-    named and left out; with cut, one that is longer than MAX_SECONDS becomes several utterances."""
-    utterances, left_out = [], []
-    for path, id, group, text in tqdm(
-        entries, desc="reading headers", unit=" files", disable=len(entries) < 1000
-    ):
-        try:
-            with soundfile.SoundFile(path) as file:
-                frames, rate = file.frames, file.samplerate
-                file.seek(max(frames - 1, 0))
-                if len(file.read(1)) < min(frames, 1):
-                    raise ValueError("its end can't be read")
-            samples = math.ceil(frames * SAMPLE_RATE / rate)
-            if samples < MIN_SAMPLES:
-                raise ValueError(
-                    "empty"
-                    if frames == 0
-                    else f"{1000 * frames / rate:.0f} ms, shorter than one frame (25 ms)"
-                )
-        except (soundfile.SoundFileError, OSError, ValueError) as error:
-            left_out.append(f"left out: {path} ({error})")
-            continue
-        pieces = math.ceil(samples / (MAX_SECONDS * SAMPLE_RATE)) if cut else 1
-        for k in range(pieces):
-            start, stop = k * frames // pieces, (k + 1) * frames // pieces
-            id = " ".join(id.split())  # a tab would break the files of boundaries
-            utterances.append(
-                Utterance(
-                    f"{id}#{k}" if pieces > 1 else id,
-                    group,
-                    math.ceil((stop - start) * SAMPLE_RATE / rate),
-                    text,
-                    path=str(path),
-                    start=start,
-                    stop=stop,
-                )
-            )
-    print(*left_out, sep="\n", end="\n" if left_out else "", file=sys.stderr)
-    if not utterances:
-        raise ValueError(f"no usable sound file in {where}: {len(left_out)} were left out")
-    return Speech(utterances, held_out)
+def pack(order, samples, seconds) -> list[list[int]]:
+    """Cut order, which holds indices into samples, into batches.
+
+    A batch lasts up to `seconds` when all its utterances are padded to the longest. An utterance
+    that is longer than that is a batch of its own. No batch is empty.
+    """
+    packed = []
+    batch = []
+    longest = 0
+    for i in order:
+        longest = max(longest, samples[i])
+        if batch and longest * (len(batch) + 1) > seconds * SAMPLE_RATE:
+            packed.append(batch)
+            batch = []
+            longest = samples[i]
+        batch.append(int(i))
+    if batch:
+        packed.append(batch)
+    return packed

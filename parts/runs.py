@@ -1,15 +1,15 @@
-"""What every run has in common: flags, files that are never left half-written, and points.
+"""What the scripts share: files that are never left half-written, flags, and points.
 
 A *point* is what one head reached at one λ with one seed, as a JSON file:
 
-    config    all that the result depends on: flags, λ, seed, and hashes of the checkpoint and of a TSV
+    config    all that the result depends on: flags, λ, seed, hashes of the checkpoint and of a TSV
     command   computes it again
     metric, test, valid, history, …     what finetune.train returns
     guessing                            what guessing reaches on test (older points lack it)
     frame_period_ms, tokens, transformer_gflops_per_s, cnn_s, encode_s, train_s     what it cost
     commit, machine, date
 
-A point that exists is not computed again, so that a sweep goes on where it was stopped.
+A point that exists is not computed again, so a sweep that was stopped goes on where it was.
 """
 
 import io
@@ -24,7 +24,9 @@ from pathlib import Path
 
 import torch
 
-HIGHER_IS_BETTER = ("accuracy", "mAP", "slot-type F1")  # of the metrics, here and in superb.py
+HIGHER_IS_BETTER = ("accuracy", "mAP", "slot-type F1")  # of the metrics of tasks.py and superb.py
+
+# What extras/results.py reads of a point, and of its configuration.
 NEEDED = {
     "config",
     "metric",
@@ -38,154 +40,20 @@ NEEDED = {
     "train_s",
     "machine",
     "date",
-}  # what results.py reads
+}
+NEEDED_IN_CONFIG = {"task", "features", "seed"}
 
 
-def differing(a: dict, b: dict) -> list[str]:
-    """Names of what differs between two configurations. A checkpoint is known by its hash, wherever it lies."""
-    return sorted(k for k in {*a, *b} - {"checkpoint"} if a.get(k) != b.get(k))
-
-
-def already_done(path, config) -> bool:
-    """Whether the point has been computed. Raises ValueError if the file holds one of another configuration."""
-    if not path.exists():
-        return False
-    point = read_point(path)
-    differ = differing(point["config"], config)
-    if differ:
-        raise ValueError(
-            f"{path} is of another configuration ({', '.join(differ)} differ): choose another --out"
-        )
-    print(
-        f"{path} is there: test {point['metric']} {point['test']:.1f} % at "
-        f"{point['frame_period_ms']:.1f} ms a token{warning(point)}"
-    )
-    return True
-
-
-def warning(point) -> str:
-    """What to add to a score that guessing reaches too; nothing if it is better, or not known."""
-    guess = point.get("guessing")
-    if guess is None or better(point["metric"], point["test"], guess):
-        return ""
-    return (
-        "; NO BETTER THAN GUESSING (its own answers, shuffled among the utterances, "
-        f"reach {guess:.1f} %)"
-    )
-
-
-def read_point(path) -> dict:
-    try:
-        point = json.loads(path.read_text(encoding="utf-8"))
-        whole = NEEDED <= point.keys() and {"task", "features", "seed"} <= point["config"].keys()
-    except (ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise ValueError(
-            f"{path} is no point of finetune.py or adaptive_lambda.py, or it is damaged: delete it"
-        )
-    return point
-
-
-def save_point(path, point):
-    """Write the point, with the commit, machine and date that made it, in one go."""
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    point = {
-        **point,
-        "commit": git.stdout.strip(),
-        "machine": machine,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    with atomic_write(path) as file:
-        file.write(json.dumps(point, indent=1, ensure_ascii=False).encode())
-
-
-def command(script, parser, args, lam, seed) -> str:
-    """The command that computes a point again."""
-    values = {**vars(args), "lam": [lam], "seed": seed, "seeds": 1, "out": "runs/again"}
-    words = [script]
-    for name, value in values.items():
-        if value != parser.get_default(name) and name != "device":
-            words += [
-                f"--{name.replace('_', '-')}",
-                *map(str, [] if value is True else value if isinstance(value, list) else [value]),
-            ]
-    return "python " + shlex.join(words)
-
-
-def cost_of(heard, frames) -> dict:
-    """Of a HiddenStateCache and its FrameCache (None: without an encoder)."""
-    return {
-        "frame_period_ms": heard.period_ms,
-        "tokens": heard.tokens,
-        "transformer_gflops_per_s": heard.gflops,
-        "cnn_s": frames.seconds if frames else 0.0,
-        "encode_s": heard.seconds,
-    }
-
-
-def better(metric, a, b) -> bool:
-    """Whether score a is better than score b."""
-    return a > b if metric in HIGHER_IS_BETTER else a < b
-
-
-def check_numbers(args, *names, zero=False):
-    """Refuse NaN, infinity, and numbers that are not over 0; with zero, 0 is allowed."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not (0 < value < 2**63 or zero and value == 0):
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {value}, expected a number {'from' if zero else 'over'} 0"
-            )
-
-
-def pick_device(name):
-    if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
-    if (
-        name == "cuda"
-        and not torch.cuda.is_available()
-        or name == "mps"
-        and not torch.backends.mps.is_available()
-    ):
-        raise ValueError(f"--device {name}: torch finds none here")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-
-
-def use_bf16(args, device) -> bool:
-    """Whether to train under bf16 autocast: on CUDA alone.
-
-    On a CPU it is no faster, and torch 2.14.1's grouped bf16 conv1d is wrong on processors with
-    AMX: the positional convolution of preset tiny is 117 % off, without a word.
-    """
-    if args.precision == "bf16" and device.type != "cuda":
-        raise ValueError(f"--precision bf16 is for CUDA, and this is {device.type}: leave it out")
-    return args.precision != "fp32" and device.type == "cuda"
-
-
-def save(content, path):
-    """torch.save to path, whole or not at all. Raises OSError, say if the disk is full."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)  # to memory first: writing a file, torch hides why it failed
-    with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
+# 1. Files that are never left half-written.
 
 
 @contextmanager
 def atomic_write(path):
-    """A file to write bytes to. Whatever happens, path is left with either what it held or all that is written now."""
+    """A file to write bytes to, which replaces path once all has been written.
+
+    Whatever happens, a kill included, path holds what it held before or all that is new.
+    Raises OSError, say if the disk is full.
+    """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -200,3 +68,171 @@ def atomic_write(path):
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def save(content, path):
+    """torch.save to path, by atomic_write. Raises OSError."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # to memory first: torch hides why writing a file failed
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())
+
+
+# 2. Flags.
+
+
+def check_numbers(args, *names, zero=False):
+    """Refuse flags that are NaN, infinite, or not over 0; with zero, 0 is allowed.
+
+    names: as attributes of args. A value of None is a flag that was left out.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is None or 0 < value < 2**63 or (zero and value == 0):
+            continue
+        least = "from" if zero else "over"
+        flag = name.replace("_", "-")
+        raise ValueError(f"--{flag} is {value}, expected a number {least} 0")
+
+
+def pick_device(name) -> torch.device:
+    """The device of that name. "auto" is the best there is: CUDA, then MPS, then the CPU.
+
+    Of several GPUs a process of torchrun takes its own. Raises ValueError if there is none.
+    """
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind in present if present[kind])
+    if not present[name]:
+        raise ValueError(f"--device {name}: torch finds none here")
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
+
+
+def use_bf16(args, device) -> bool:
+    """Whether to train under bf16 autocast: on CUDA alone.
+
+    On a CPU it is no faster, and torch 2.14.1's grouped bf16 conv1d is wrong on processors with
+    AMX: the positional convolution of preset tiny is 117 % off, without a word.
+    """
+    if args.precision == "bf16" and device.type != "cuda":
+        raise ValueError(f"--precision bf16 is for CUDA, and this is {device.type}: leave it out")
+    return args.precision != "fp32" and device.type == "cuda"
+
+
+# 3. Points: which of them exist already, what one says, and how it is written and read.
+
+
+def already_done(path, config, with_head=False) -> bool:
+    """Whether the point at path has been computed; if so, print its score.
+
+    with_head: whether the trained head must lie beside it, too. Raises ValueError if the file
+    holds a point of another configuration, or none.
+    """
+    if not path.exists():
+        return False
+    point = read_point(path)
+    differ = differing(point["config"], config)
+    if differ:
+        raise ValueError(
+            f"{path} is of another configuration ({', '.join(differ)} differ): choose another --out"
+        )
+    if with_head and not path.with_suffix(".pt").exists():
+        return False
+    print(
+        f"{path} is there: test {point['metric']} {point['test']:.1f} % at "
+        f"{point['frame_period_ms']:.1f} ms a token{warning(point)}"
+    )
+    return True
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    """Names of what differs between two configurations.
+
+    A checkpoint is known by its hash, wherever it lies.
+    """
+    names = (a.keys() | b.keys()) - {"checkpoint"}
+    return sorted(name for name in names if a.get(name) != b.get(name))
+
+
+def better(metric, a, b) -> bool:
+    """Whether score a is better than score b."""
+    return a > b if metric in HIGHER_IS_BETTER else a < b
+
+
+def warning(point) -> str:
+    """What to add to a score that guessing reaches too; "" if it is better, or not known."""
+    guess = point.get("guessing")
+    if guess is None or better(point["metric"], point["test"], guess):
+        return ""
+    return (
+        "; NO BETTER THAN GUESSING (its own answers, shuffled among the utterances, "
+        f"reach {guess:.1f} %)"
+    )
+
+
+def read_point(path) -> dict:
+    """The point at path. Raises ValueError if it is none, or damaged."""
+    try:
+        point = json.loads(path.read_text(encoding="utf-8"))
+        complete = NEEDED <= point.keys() and NEEDED_IN_CONFIG <= point["config"].keys()
+    except (ValueError, AttributeError):  # no JSON, or JSON of something else
+        complete = False
+    if not complete:
+        raise ValueError(
+            f"{path} is no point of finetune.py or adaptive_lambda.py, or it is damaged: delete it"
+        )
+    return point
+
+
+def save_point(path, point):
+    """Write the point, with the commit, machine and date that made it. Raises OSError."""
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    processor = platform.processor() or platform.machine()
+    point = {
+        **point,
+        "commit": git.stdout.strip(),
+        "machine": f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    with atomic_write(path) as file:
+        file.write(json.dumps(point, indent=1, ensure_ascii=False).encode())
+
+
+def command(script, parser, args, lam, seed) -> str:
+    """The command that computes a point again: the flags that are not at their defaults."""
+    values = {**vars(args), "lam": [lam], "seed": seed, "seeds": 1, "out": "runs/again"}
+    words = [script]
+    for name, value in values.items():
+        if name == "device" or value == parser.get_default(name):
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, list):
+            words += [str(item) for item in value]
+        elif value is not True:  # a switch has no value
+            words.append(str(value))
+    return "python " + shlex.join(words)
+
+
+def cost_of(states, frames) -> dict:
+    """What a point says of its cost.
+
+    states: a HiddenStateCache; frames: its FrameCache, None for features without an encoder.
+    """
+    return {
+        "frame_period_ms": states.period_ms,
+        "tokens": states.tokens,
+        "transformer_gflops_per_s": states.gflops,
+        "cnn_s": frames.seconds if frames else 0.0,
+        "encode_s": states.seconds,
+    }

@@ -61,7 +61,7 @@ def test_segments_of_real_speech_last_as_long_as_asked(some, tmp_path):
         assert 20 * sum(e[-1] for e in ends) / sum(map(len, ends)) == pytest.approx(
             period, rel=0.03
         )
-    # Segments end where the sound changes: the 13 MFCCs on both sides of an end differ more than elsewhere.
+    # Segments end where the sound changes: there, neighbouring MFCCs differ more than elsewhere.
     at, elsewhere = [], []
     for i in range(20):
         x = load_teacher("mfcc")(some[i][None], [len(some[i])])[0][0, :, :13]

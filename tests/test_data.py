@@ -1,4 +1,4 @@
-"""data.py and asterisk.py: what is in the corpus, what a folder may hold, and what happens when a download breaks."""
+"""data.py and asterisk.py: the corpus, what a folder may hold, downloads that break off."""
 
 import hashlib
 import math
@@ -168,7 +168,7 @@ def somewhere(tmp_path_factory):
 def test_any_rate_channels_and_stretch_become_16_khz_mono(
     somewhere, rate, seconds, gains, cut, kind
 ):
-    """A tone of 100 Hz is one of 100 Hz, as loud as the mean of its channels, and as long as the header said."""
+    """100 Hz stay 100 Hz, as loud as the mean of the channels, as long as the header said."""
     path, frames = somewhere / f"tone.{kind}", round(seconds * rate)
     soundfile.write(path, np.sin(2 * np.pi * 100 * np.arange(frames) / rate)[:, None] * gains, rate)
     (whole,) = from_files([(path, "id", "group", "")], (0.1, 0.1), somewhere).utterances
@@ -220,7 +220,7 @@ def test_batches(asterisk):
 
 @pytest.fixture
 def tiny_librispeech(tmp_path):
-    """Laid out as the real one: SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac and a .trans.txt."""
+    """Laid out as the real one: SUBSET/SPEAKER/CHAPTER/*.flac and a .trans.txt."""
     for speaker in range(100, 140):
         chapter = tmp_path / "LibriSpeech" / "dev-clean" / str(speaker) / "7"
         chapter.mkdir(parents=True)

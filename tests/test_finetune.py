@@ -24,7 +24,7 @@ REPO = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def spoken(asterisk, tmp_path_factory):
-    """A TSV of sixty real prompts: English or Russian, in files of several rates, with text and label."""
+    """A TSV of sixty real prompts, English or Russian, at several rates, with text and label."""
     folder = tmp_path_factory.mktemp("spoken")
     rows = ["path\ttext\tlabel\tsplit"]
     for language in ("en", "ru"):

@@ -92,7 +92,7 @@ def test_student_starts_as_the_teacher(tmp_path):
 
 
 def test_hubert_base_fits_the_base_preset():
-    """Every weight of preset base but the α predictor's has a namesake of its shape in HuBERT Base."""
+    """Every weight of preset base, but the α predictor's, has its like in HuBERT Base."""
     with torch.device("meta"):
         ours, theirs = (
             OFAEncoder(PRESETS["base"]).state_dict(),
