@@ -124,7 +124,7 @@ class LearnedLam(TrainableSource):
         guess=0.0,
     ):
         super().__init__()
-        # The method alone: as a submodule, the encoder would be put into training mode by its head.
+        # The method alone: were the encoder a submodule, model.train() would turn on its dropout.
         self.encode = encoder.encode
         self.frames = frames
         self.raw = nn.Parameter(torch.logit(torch.tensor(start / LIMIT, device=frames.device)))

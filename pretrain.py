@@ -76,11 +76,12 @@ from ofa_encoder import (
 from parts import boundaries
 from parts.data import Speech, batches, by_length, load, loader
 from parts.figures import utterance_figure
-from parts.runs import check_numbers, pick_device, save, use_bf16
+from parts.runs import check_numbers, pick_device, release_memory, save, use_bf16
 from parts.teachers import fingerprint, initialise, load_teacher
 
 PERIODS_MS = (20, 25, 33, 50, 90, 180)  # of the final table: asked in ms, answered by λ
 MAX_GRADIENT_NORM = 5.0
+RELEASE_EVERY = 5  # steps after which freed memory goes back to the system
 LEARNED = 0.95  # a loss above this part of a constant answer's has learned nothing worth the name
 
 # Flags that may change when a run is resumed: they say where it runs, not what it computes.
@@ -311,11 +312,11 @@ def prepare(args, place) -> tuple[Lesson, Speech]:
     speech = load(args.data, args.root)
     train = speech.part("train")
     teacher = load_teacher(args.teacher, args.teacher_layers)
-    said = fingerprint(teacher)  # on the CPU, so that all processes agree
+    teacher_id = fingerprint(teacher)  # on the CPU, so that all processes agree
     teacher = teacher.to(place.device)
     path = args.boundaries
     if not path:
-        path = boundaries.cache_path(train, said, args.segment_ms, args.root)
+        path = boundaries.cache_path(train, teacher_id, args.segment_ms, args.root)
         if not path.exists():
             boundaries.segment(train, teacher, path, args.segment_ms, device=place.device)
     ends = boundaries.read_boundaries(path, train)
@@ -399,6 +400,8 @@ def train_loop(args, place, lesson, state, checkpoint):
         shown = " ".join(f"{lam:.2f}" for lam in lams)
         bar.set_postfix_str(f"loss {total * place.world:.3f}, λ {shown}, {speed:.0f} s/s")
         done = step + 1
+        if done % RELEASE_EVERY == 0:
+            release_memory()
         if place.rank == 0 and (done % args.save_every == 0 or done == args.steps):
             bar.write(f"step {done}, held-out {check_held_out(args, place, model, lesson)}")
             content = {

@@ -1,4 +1,5 @@
-"""adaptive_lambda.py on real speech: λ has the right slope, rests, pays; points are kept."""
+"""adaptive_lambda.py on real speech: λ's gradient by finite differences, its freeze, its price,
+the charge for missing tokens, and its points."""
 
 import json
 import sys
@@ -21,98 +22,134 @@ def encoder():
     return OFAEncoder.from_checkpoint(REPO / "checkpoints/ofa-tiny.pt").requires_grad_(False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def frames(encoder, folder):
     return FrameCache(load(str(folder)).subset(12), encoder, "cpu")
 
 
 @pytest.fixture(scope="module")
 def spoken(folder):
-    """A TSV of the forty prompts; the label is whether they are English."""
-    sides = ("train", "train", "train", "valid", "test")
+    """A TSV of the forty prompts; the label says whether the prompt is English."""
+    splits = ("train", "train", "train", "valid", "test")
     rows = ["path\tlabel\tsplit"]
     for n, path in enumerate(sorted(folder.glob("*.wav"))):
-        rows.append(f"{path.name}\t{path.name[:2] == 'en'}\t{sides[n % 5]}")
+        rows.append(f"{path.name}\t{path.name[:2] == 'en'}\t{splits[n % 5]}")
     (folder / "spoken.tsv").write_text("\n".join(rows) + "\n")
     return folder / "spoken.tsv"
 
 
 @pytest.fixture
 def run(spoken, tmp_path, monkeypatch):
-    """run("--lam", "0.5") learns λ in a few epochs and returns {file name: point}."""
+    """run("--lam", "0.5", …) learns λ in tmp_path; returns the points there, by their names."""
     monkeypatch.chdir(tmp_path)
-    checkpoint = str(REPO / "checkpoints/ofa-tiny.pt")
-    flags = ["--checkpoint", checkpoint, "--task", "pool", "--data", str(spoken), "--out", "out"]
-    flags += ["--lam-epochs", "6", "--epochs", "2", "--freeze", "0"]
+    base = ["adaptive_lambda.py", "--checkpoint", str(REPO / "checkpoints/ofa-tiny.pt")]
+    base += ["--task", "pool", "--data", str(spoken), "--out", "out"]
+    base += ["--lam-epochs", "6", "--epochs", "2", "--freeze", "0"]
 
-    def run(*more):
-        monkeypatch.setattr(sys, "argv", ["adaptive_lambda.py", *flags, *more])
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", [*base, *flags])
         adaptive_lambda.main()
-        return {p.name: json.loads(p.read_text()) for p in Path("out").glob("*.json")}
+        return {path.name: json.loads(path.read_text()) for path in Path("out").glob("*.json")}
 
     return run
 
 
-def loss_at(learned, lam, n):
-    """A smooth loss of utterance n at λ, and its number of tokens."""
-    with torch.no_grad():
-        learned.raw.copy_(torch.logit(torch.tensor(lam / LIMIT)))
-    states, lengths = learned([n])
-    return (states[:, -1].mean(2) ** 2).sum() + learned.cost, lengths.item()
-
-
 @pytest.mark.parametrize("start", [0.3, 0.8, 1.4])
 def test_gradient_is_the_slope_of_the_loss(encoder, frames, start):
-    """Utterance by utterance, where no token is won or lost around λ: there the loss is smooth."""
-    step = 2e-3
+    """Utterance by utterance, where no token is won or lost between λ - ε and λ + ε: there the loss
+    is smooth."""
+    eps = 2e-3
     compared = 0
+
+    def loss_at(learner, lam, n):
+        with torch.no_grad():
+            learner.raw.copy_(torch.logit(torch.tensor(lam / LIMIT)))
+        states, lengths = learner([n])
+        return (states[:, -1].mean(2) ** 2).sum() + learner.cost, lengths.item()
+
     for n in range(12):
-        learned = LearnedLam(start, encoder, frames, price=1.0)
-        value, tokens = loss_at(learned, start, n)
-        value.backward()
-        slope = learned.raw.grad.item() / (start * (1 - start / LIMIT))  # dλ/dr = LIMIT σ (1 - σ)
-        above, tokens_above = loss_at(learned, start + step, n)
-        below, tokens_below = loss_at(learned, start - step, n)
-        if tokens_above == tokens == tokens_below:
-            expected = (above - below).item() / (2 * step)
+        learner = LearnedLam(start, encoder, frames, price=1.0)
+        loss, tokens = loss_at(learner, start, n)
+        loss.backward()
+        slope = learner.raw.grad.item() / (start * (1 - start / LIMIT))  # dλ/dr = LIMIT σ (1 - σ)
+        above, fewer = loss_at(learner, start + eps, n)
+        below, more = loss_at(learner, start - eps, n)
+        if tokens == fewer == more:
+            expected = (above - below).item() / (2 * eps)
             assert slope == pytest.approx(expected, rel=0.05, abs=0.05)
             compared += 1
     assert compared >= 3
 
 
 def test_lam_rests_while_frozen_then_moves(encoder, frames):
-    learned = LearnedLam(0.6, encoder, frames, freeze=1)
-    first, _ = learned([0])
-    second, _ = learned([0])
-    assert not first.requires_grad and second.requires_grad
-    assert learned.lam.item() == pytest.approx(0.6, abs=1e-5)
-    assert learned.watch()["period_ms"] > 20
-    assert [name for name, _ in learned.named_parameters()] == ["raw"]
+    learner = LearnedLam(0.6, encoder, frames, freeze=1)
+    assert not learner([0])[0].requires_grad
+    assert learner([0])[0].requires_grad
+    assert learner.lam.item() == pytest.approx(0.6, abs=1e-5)
+
+
+def test_validation_does_not_count_as_a_step(encoder, frames):
+    learner = LearnedLam(0.6, encoder, frames, freeze=1).eval()
+    learner([0])
+    assert not learner.train()([0])[0].requires_grad
+
+
+def test_the_history_has_the_frame_period_of_an_epoch(encoder, frames):
+    learner = LearnedLam(0.6, encoder, frames)
+    for _ in range(2):  # each epoch is counted anew
+        used = {}
+        for n in (0, 1):
+            _, lengths = learner([n])
+            used[n] = (frames([n])[1].item(), lengths.item())
+        n_frames, n_tokens = (sum(column) for column in zip(*used.values()))
+        assert learner.watch()["period_ms"] == pytest.approx(20 * n_frames / n_tokens)
+
+
+def test_lam_alone_is_trained(encoder, frames):
+    learner = LearnedLam(0.6, encoder, frames)
+    assert [name for name, _ in learner.named_parameters()] == ["raw"]
+    assert not encoder.training and not learner.train().encode.__self__.training
 
 
 def test_missing_tokens_are_charged(encoder, frames):
-    """With twice as many tokens needed as α′ adds up to, half are missing: λ must go down."""
-    _, lengths = LearnedLam(1.2, encoder, frames)([0, 1])
-    a, b = lengths.tolist()
-    for needed, missing in (([2 * a, 2 * b], 0.5), ([a - 2, b - 2], 0.0), ([2 * a, b - 2], 0.25)):
-        learned = LearnedLam(1.2, encoder, frames, needed=needed, guess=3.0)
-        learned([0, 1])
-        assert learned.cost.item() == pytest.approx(3.0 * missing, abs=0.08)
-        if missing:
-            learned.cost.backward()
-            assert learned.raw.grad > 0  # a step down the gradient lowers λ
+    """By hand: with twice as many tokens needed as α′ adds up to, half are missing, and a step down
+    the gradient lowers λ."""
+    first, second = LearnedLam(1.2, encoder, frames)([0, 1])[1].tolist()
+    for needed, expected in (
+        ([2 * first, 2 * second], 0.5),
+        ([first - 2, second - 2], 0.0),
+        ([2 * first, second - 2], 0.25),
+    ):
+        learner = LearnedLam(1.2, encoder, frames, needed=needed, guess=3.0)
+        learner([0, 1])
+        assert learner.cost.item() == pytest.approx(3.0 * expected, abs=0.08)
+        if expected:
+            learner.cost.backward()
+            assert learner.raw.grad > 0
 
 
 def test_a_price_buys_longer_tokens(run):
     (free,) = run("--lam", "0.5").values()
     priced = run("--lam", "0.5", "--price", "30")["pool-price30-from0.5-seed0.json"]
-    assert priced["config"]["start"] == 0.5
-    assert len(priced["search"]) == 6 and len(priced["history"]) == priced["epochs"] == 2
+    assert priced["search"][-1]["lam"] > free["search"][-1]["lam"] + 0.05
     assert all(0 < epoch["lam"] < 2 for epoch in priced["search"])
-    assert priced["lam"] == pytest.approx(priced["search"][-1]["lam"])
-    assert priced["lam"] > free["lam"] + 0.05
     assert priced["search"][-1]["period_ms"] > priced["search"][0]["period_ms"]
     assert priced["frame_period_ms"] > free["frame_period_ms"]
+
+
+def test_a_new_head_is_trained_at_the_lam_that_was_learned(run):
+    (point,) = run("--lam", "0.5").values()
+    assert point["config"]["start"] == 0.5
+    assert len(point["search"]) == 6
+    assert len(point["history"]) == point["epochs"] == 2
+    assert point["lam"] == pytest.approx(point["search"][-1]["lam"])
+    assert "lam" not in point["history"][0]
+
+
+def test_points_have_the_configuration_of_those_in_results(run):
+    (point,) = run("--lam", "1.1").values()
+    committed = next((REPO / "results/adaptive").glob("pool-*.json"))
+    assert point["config"].keys() == json.loads(committed.read_text())["config"].keys()
 
 
 def test_points_are_kept_and_their_command_computes_them_again(run, monkeypatch, capsys):
@@ -121,9 +158,9 @@ def test_points_are_kept_and_their_command_computes_them_again(run, monkeypatch,
     run(*flags)
     there = f"is there: test accuracy {point['test']:.1f} % at {point['frame_period_ms']:.1f} ms"
     assert there in capsys.readouterr().out
-    script, *again = point["command"].split()[1:]
-    monkeypatch.setattr(sys, "argv", [script, *again])
+    script, *words = point["command"].split()[1:]
+    monkeypatch.setattr(sys, "argv", [script, *words])
     adaptive_lambda.main()
-    found = json.loads(Path("runs/again/pool-price0-from1.1-seed3.json").read_text())
-    for what in ("test", "lam", "search", "history"):
-        assert found[what] == point[what]
+    again = json.loads(Path("runs/again/pool-price0-from1.1-seed3.json").read_text())
+    for name in ("test", "lam", "search", "history"):
+        assert again[name] == point[name]

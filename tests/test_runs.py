@@ -1,21 +1,108 @@
-"""runs.py: files that are never left half-written. (Full disks and kills: test_pretrain.py.)"""
+"""runs.py: files are complete or as they were; points that differ or lack something are told apart.
+
+Full disks and kills are in test_pretrain.py, and what is refused in test_bad_input.py.
+"""
+
+import json
+import runpy
+import shlex
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
 
 import pytest
 import torch
 
 from ofa_encoder import load_checkpoint
-from parts.runs import atomic_write, save
+from parts.runs import already_done, atomic_write, command, differing, read_point, save, warning
 
-INTACT = "x.pt could not be written .no space.; what was there before is intact"
+REPO = Path(__file__).parent.parent
+POINT = REPO / "results/ofa/pool-encoder-lam0-seed0.json"
 
 
-def test_what_was_there_stays_until_all_is_written(tmp_path):
+def test_a_file_is_complete_or_as_it_was(tmp_path):
     path = tmp_path / "new" / "x.pt"
     save({"a": torch.arange(3)}, path)
-    with pytest.raises(OSError, match=INTACT), atomic_write(path) as file:
+    said = r"x.pt could not be written \(no space\); what was there before is intact"
+    with pytest.raises(OSError, match=said), atomic_write(path) as file:
         file.write(b"half")
         raise OSError("no space")
     with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
-        file.write(bytes([1 // 0]))
+        file.write(b"half")
+        raise ZeroDivisionError
     assert load_checkpoint(path)["a"].tolist() == [0, 1, 2]
-    assert list(path.parent.iterdir()) == [path]  # and nothing half-written beside it
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_checkpoint_is_known_by_its_hash():
+    a = {"checkpoint": "here.pt", "checkpoint_sha1": "1", "data_sha1": None}
+    assert differing(a, {"checkpoint": "there.pt", "checkpoint_sha1": "1"}) == []
+    assert differing(a, {"checkpoint": "here.pt", "checkpoint_sha1": "2"}) == ["checkpoint_sha1"]
+
+
+def test_points_from_before_guessing_can_be_read(tmp_path, capsys):
+    point = read_point(POINT)
+    point.pop("guessing", None)
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(point))
+    assert already_done(path, point["config"])
+    there = f"{path} is there: test mAP {point['test']:.1f} % at 20.0 ms a token\n"
+    assert capsys.readouterr().out == there
+
+
+def test_a_point_is_not_done_without_the_head_that_is_asked_for(tmp_path):
+    point = read_point(POINT)
+    path = tmp_path / "point.json"
+    path.write_text(json.dumps(point))
+    assert already_done(path, point["config"], with_head=False)
+    assert not already_done(path, point["config"], with_head=True)
+    path.with_suffix(".pt").touch()
+    assert already_done(path, point["config"], with_head=True)
+
+
+@pytest.mark.parametrize(
+    "metric, test, guess, warned",
+    [
+        ("CER", 30.0, 80.0, False),
+        ("CER", 80.0, 80.0, True),
+        ("CER", 90.0, 80.0, True),
+        ("mAP", 50.0, 20.0, False),
+        ("mAP", 20.0, 20.0, True),
+        ("accuracy", 10.0, 20.0, True),
+    ],
+)
+def test_a_score_no_better_than_guessing_is_named(metric, test, guess, warned):
+    text = warning({"metric": metric, "test": test, "guessing": guess})
+    assert text.startswith("; NO BETTER THAN GUESSING") == warned
+    assert (f"reach {guess} %" in text) == warned
+
+
+def test_a_command_has_the_flags_that_are_not_at_their_defaults():
+    parser = ArgumentParser()
+    parser.add_argument("--lam", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--data", default="asterisk")
+    parser.add_argument("--unfreeze", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", default="runs/x")
+    flags = ["--lam", "0", "0.5", "--data", "my words.tsv", "--unfreeze", "--seeds", "3"]
+    args = parser.parse_args(flags)
+    args.device = "cpu"
+
+    python, script, *words = shlex.split(command("x.py", parser, args, 0.5, 2))
+    again = parser.parse_args(words)
+    assert [python, script] == ["python", "x.py"]
+    assert again.lam == [0.5] and again.seed == 2 and again.seeds == 1
+    assert again.data == "my words.tsv" and again.unfreeze and again.device == "auto"
+    assert again.out == "runs/again"
+
+
+def test_points_are_listed(monkeypatch, capsys):
+    folder = REPO / "results/adaptive"
+    monkeypatch.setattr(sys, "argv", ["runs.py", str(folder)])
+    runpy.run_path(str(REPO / "parts/runs.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    paths = sorted(folder.glob("*.json"))
+    assert [line.split()[0] for line in lines] == [path.stem for path in paths]
+    assert f"λ = {read_point(paths[0])['lam']:.2f} " in lines[0]

@@ -1,12 +1,19 @@
-"""teachers.py against torchaudio's own models and transforms, on real speech."""
+"""teachers.py against torchaudio's own models and transforms, on real speech.
+
+Every teacher that can be named, and one from a file, must keep the contract at the top of
+teachers.py. The pretrained models of torchaudio are replaced by a small random one, so nothing is
+downloaded.
+"""
 
 import pytest
 import torch
 import torchaudio
 
-from ofa_encoder import PRESETS, Config, OFAEncoder
+from ofa_encoder import KERNELS, PRESETS, STRIDES, Config, OFAEncoder, frames_of
 from parts.data import pad
-from parts.teachers import MFCCTeacher, fingerprint, initialise, load_teacher
+from parts.teachers import TEACHERS, MFCCTeacher, fingerprint, initialise, load_teacher
+
+BUNDLE = type(torchaudio.pipelines.HUBERT_BASE)  # of every pretrained wav2vec 2.0 in torchaudio
 
 
 @pytest.fixture(scope="module")
@@ -14,120 +21,198 @@ def prompts(asterisk):
     return [asterisk[i] for i in (0, 900, 2000)]
 
 
-def wav2vec2(mode="group_norm", dim=128):
+def wav2vec2(mode="group_norm", dim=128, layers=3):
+    """A small random model of torchaudio, with the CNN's kernels and strides of all of them."""
     torch.manual_seed(0)
-    channels = [(32, k, s) for k, s in zip((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2))]
-    return torchaudio.models.wav2vec2_model(
-        mode,
-        channels,
-        mode == "layer_norm",
-        dim,
-        0.1,
-        16,
-        4,
-        3,
-        2,
-        0.1,
-        64,
-        0.1,
-        0.1,
-        mode == "layer_norm",
-        0.1,
-        None,
-    ).eval()
-
-
-def test_mfcc_is_aligned_and_does_not_see_padding(prompts):
-    teacher, encoder = load_teacher("mfcc"), OFAEncoder(PRESETS["tiny"]).eval()
-    waveforms, lengths = pad(prompts)
-    (targets,) = teacher(waveforms, lengths)
-    frames = encoder(waveforms, lengths).frames
-    for b, waveform in enumerate(prompts):
-        (alone,) = teacher(waveform[None], lengths[b : b + 1])
-        assert alone.shape == (1, frames[b], 39)  # as many frames as the CNN
-        torch.testing.assert_close(targets[b, : frames[b]], alone[0])
-        torch.testing.assert_close(alone[0].mean(0), torch.zeros(39), rtol=0, atol=1e-4)
-        torch.testing.assert_close(
-            alone[0].var(0, unbiased=False), torch.ones(39), rtol=0, atol=0.02
-        )
-    assert (
-        teacher(torch.zeros(1, 400), torch.tensor([400]))[0].isfinite().all()
-    )  # one frame of silence
-
-
-@pytest.mark.parametrize("mode", ["group_norm", "layer_norm"])
-def test_a_file_gives_torchaudios_layers(prompts, tmp_path, mode):
-    model, path = wav2vec2(mode), tmp_path / "teacher.pt"
-    torch.save(
-        {f"wav2vec2.{k}" if mode == "group_norm" else k: v for k, v in model.state_dict().items()},
-        path,
+    model = torchaudio.models.wav2vec2_model(
+        extractor_mode=mode,
+        extractor_conv_layer_config=[(32, k, s) for k, s in zip(KERNELS, STRIDES)],
+        extractor_conv_bias=mode == "layer_norm",
+        encoder_embed_dim=dim,
+        encoder_projection_dropout=0.1,
+        encoder_pos_conv_kernel=16,
+        encoder_pos_conv_groups=4,
+        encoder_num_layers=layers,
+        encoder_num_heads=dim // 64,
+        encoder_attention_dropout=0.1,
+        encoder_ff_interm_features=64,
+        encoder_ff_interm_dropout=0.1,
+        encoder_dropout=0.1,
+        encoder_layer_norm_first=mode == "layer_norm",
+        encoder_layer_drop=0.1,
+        aux_num_out=None,
     )
-    teacher = load_teacher(str(path), layers=[1, 3])
+    return model.eval()
+
+
+def saved(model, path, prefix=""):
+    """Save a model as --teacher FILE takes it; returns FILE."""
+    torch.save({prefix + key: weight for key, weight in model.state_dict().items()}, path)
+    return str(path)
+
+
+# What every teacher must keep.
+
+
+@pytest.fixture(params=[*TEACHERS, "FILE"])
+def name(request, tmp_path, monkeypatch):
+    monkeypatch.setattr(BUNDLE, "get_model", lambda self, **_: wav2vec2())
+    if request.param == "FILE":
+        return saved(wav2vec2("layer_norm"), tmp_path / "teacher.pt")
+    return request.param
+
+
+def test_a_teacher_has_a_vector_for_each_frame_of_the_cnn(name, prompts):
+    teacher = load_teacher(name)
+    for waveform in [*prompts, torch.zeros(400), torch.zeros(719), torch.zeros(720)]:
+        targets = teacher(waveform[None], torch.tensor([len(waveform)]))
+        for target, dim in zip(targets, teacher.dims, strict=True):
+            assert target.shape == (1, frames_of(len(waveform)), dim)
+            assert target.isfinite().all()
+    assert len(teacher.layers) == len(teacher.dims)
+
+
+def test_a_teacher_does_not_see_padding(name, prompts):
+    """An utterance has the same targets in a batch as alone."""
+    teacher = load_teacher(name)
+    targets = teacher(*pad(prompts))
+    for b, waveform in enumerate(prompts):
+        alone = teacher(waveform[None], torch.tensor([len(waveform)]))
+        for target, expected in zip(targets, alone, strict=True):
+            found = target[b, : expected.shape[1]]
+            torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_is_not_trained(name, prompts):
+    targets = load_teacher(name)(*pad(prompts))
+    assert not any(target.requires_grad for target in targets)
+
+
+def test_a_fingerprint_is_the_same_every_time(name):
+    assert fingerprint(load_teacher(name)) == fingerprint(load_teacher(name))
+
+
+# Each kind.
+
+
+def test_mfccs_are_torchaudios_and_their_differences(prompts):
+    """Each dimension has mean 0 and variance 1; before that it is torchaudio's."""
+    (targets,) = load_teacher("mfcc")(prompts[0][None], torch.tensor([len(prompts[0])]))
+    assert targets.shape[2] == 39
+    mean = targets[0].mean(0)
+    variance = targets[0].var(0, unbiased=False)
+    torch.testing.assert_close(mean, torch.zeros(39), rtol=0, atol=1e-4)
+    torch.testing.assert_close(variance, torch.ones(39), rtol=0, atol=0.02)
+
+    spectrogram = {"n_fft": 400, "hop_length": 320, "n_mels": 40, "center": False}
+    mfcc = torchaudio.transforms.MFCC(16_000, 13, melkwargs=spectrogram)(prompts[0])  # (13, S)
+    expected = (mfcc - mfcc.mean(1, keepdim=True)) / mfcc.std(1, keepdim=True, correction=0)
+    torch.testing.assert_close(targets[0, :, :13].T, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("prefix", ["", "wav2vec2."], ids=["plain", "as HuBERT is pre-trained"])
+@pytest.mark.parametrize("mode", ["group_norm", "layer_norm"])
+def test_a_file_gives_torchaudios_layers(prompts, tmp_path, mode, prefix):
+    model = wav2vec2(mode)
+    teacher = load_teacher(saved(model, tmp_path / "teacher.pt", prefix), layers=[1, 3])
     assert teacher.dims == [128, 128]
-    waveforms, lengths = pad(prompts)
-    targets = teacher(waveforms, lengths)
-    for b, waveform in enumerate(prompts):  # in company as torchaudio has it alone
-        if mode == "layer_norm":
+    for waveform in prompts:
+        targets = teacher(waveform[None], torch.tensor([len(waveform)]))
+        if mode == "layer_norm":  # these models were trained on normalised waveforms
             waveform = torch.nn.functional.layer_norm(waveform, waveform.shape)
         hidden, _ = model.extract_features(waveform[None])
-        for target, layer in zip(targets, (hidden[0], hidden[2]), strict=True):
-            torch.testing.assert_close(target[b, : layer.shape[1]], layer[0], rtol=1e-4, atol=1e-5)
-    assert load_teacher(str(path)).layers == [1, 2, 3]
+        for target, expected in zip(targets, (hidden[0], hidden[2]), strict=True):
+            torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_student_starts_as_the_teacher(tmp_path):
-    torch.save(wav2vec2(dim=64).state_dict(), tmp_path / "teacher.pt")
-    teacher = load_teacher(str(tmp_path / "teacher.pt"))
-    student = OFAEncoder(
-        Config(channels=(32,) * 7, dim=64, heads=1, ff=64, layers=2, pos_kernel=16)
-    )
-    copied = initialise(student, teacher)
-    ours, theirs = student.state_dict(), teacher.model.state_dict()
-    same = [k for k in ours if k in theirs and ours[k].shape == theirs[k].shape]
-    assert all(torch.equal(ours[k], theirs[k]) for k in same) and copied == sum(
-        ours[k].numel() for k in same
-    )
-    assert any("layers.1" in k for k in same) and any("conv_layers.6" in k for k in same)
-    assert initialise(student, load_teacher("mfcc")) == 0
-
-
-def test_hubert_base_fits_the_base_preset():
-    """Every weight of preset base, but the α predictor's, has its like in HuBERT Base."""
-    with torch.device("meta"):
-        ours, theirs = (
-            OFAEncoder(PRESETS["base"]).state_dict(),
-            torchaudio.models.hubert_base().state_dict(),
-        )
-    own = {k for k in ours if k not in theirs or ours[k].shape != theirs[k].shape}
-    assert own == {"mean_alpha", *(k for k in ours if k.startswith("alpha_predictor"))}
+@pytest.mark.parametrize(
+    "depth, expected", [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (12, [4, 8, 12])]
+)
+def test_layers_at_a_third_two_thirds_and_the_end_are_the_default(tmp_path, depth, expected):
+    path = saved(wav2vec2(layers=depth), tmp_path / "teacher.pt")
+    assert load_teacher(path).layers == expected
 
 
 def test_no_network_for_hubert_says_what_to_do(monkeypatch):
     def offline(self, **_):
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(type(torchaudio.pipelines.HUBERT_BASE), "get_model", offline)
+    monkeypatch.setattr(BUNDLE, "get_model", offline)
     with pytest.raises(OSError, match="(?s)HuBERT Base could not be downloaded.*--teacher mfcc"):
         load_teacher("hubert_base")
 
 
-def test_a_fingerprint_is_what_a_teacher_says(tmp_path, monkeypatch):
-    torch.save(wav2vec2().state_dict(), tmp_path / "teacher.pt")
-    teachers = [
-        load_teacher("mfcc"),
-        *(load_teacher(str(tmp_path / "teacher.pt"), layers) for layers in ([1], [2], [1, 2])),
-    ]
-    found = [fingerprint(teacher) for teacher in teachers]
-    assert len(set(found)) == 4 and fingerprint(load_teacher("mfcc")) == found[0]
+# Fingerprints.
+
+
+def test_other_teachers_and_layers_have_other_fingerprints(tmp_path):
+    path = saved(wav2vec2(), tmp_path / "teacher.pt")
+    found = {fingerprint(load_teacher(path, layers)) for layers in ([1], [2], [1, 2])}
+    found.add(fingerprint(load_teacher("mfcc")))
+    assert len(found) == 4
+
+
+def change_mfccs(monkeypatch, change):
+    """As if somebody had edited the code of MFCCTeacher: `change` its targets."""
     forward = MFCCTeacher.forward
-    monkeypatch.setattr(
-        MFCCTeacher, "forward", lambda self, *a: [1.1 * t for t in forward(self, *a)]
-    )  # another code
-    assert fingerprint(load_teacher("mfcc")) != found[0]
-    monkeypatch.setattr(
-        MFCCTeacher, "forward", lambda self, *a: [t[:, 1:] for t in forward(self, *a)]
-    )
-    with pytest.raises(
-        ValueError, match="layer mfcc of the teacher gives 48 vectors .* the encoder has 49 frames"
-    ):
+
+    def edited(self, waveforms, lengths):
+        return [change(target) for target in forward(self, waveforms, lengths)]
+
+    monkeypatch.setattr(MFCCTeacher, "forward", edited)
+
+
+def test_changed_code_has_another_fingerprint(monkeypatch):
+    before = fingerprint(load_teacher("mfcc"))
+    change_mfccs(monkeypatch, lambda target: 1.1 * target)
+    assert fingerprint(load_teacher("mfcc")) != before
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda target: target[:, 1:], "48 vectors of 39 numbers .* the encoder has 49 frames"),
+        (lambda target: target[:, :, 1:], "49 vectors of 38 numbers .* 39 numbers were announced"),
+    ],
+    ids=["a vector too few", "a number too few"],
+)
+def test_vectors_that_do_not_fit_the_frames_are_refused(monkeypatch, change, message):
+    change_mfccs(monkeypatch, change)
+    with pytest.raises(ValueError, match=f"layer mfcc of the teacher gives {message}"):
         fingerprint(load_teacher("mfcc"))
+
+
+# The student's first weights.
+
+
+def test_the_student_starts_as_the_teacher(tmp_path):
+    teacher = load_teacher(saved(wav2vec2(dim=64), tmp_path / "teacher.pt"))
+    config = Config(channels=(32,) * 7, dim=64, heads=1, ff=64, layers=2, pos_kernel=16)
+    student = OFAEncoder(config)
+    copied = initialise(student, teacher)
+
+    ours = student.state_dict()
+    theirs = teacher.model.state_dict()
+    same = [key for key in ours if key in theirs and ours[key].shape == theirs[key].shape]
+    for key in same:
+        assert torch.equal(ours[key], theirs[key])
+    assert copied == sum(ours[key].numel() for key in same)
+    assert any("layers.1" in key for key in same)
+    assert any("conv_layers.6" in key for key in same)
+
+
+def test_nothing_is_copied_from_mfccs():
+    student = OFAEncoder(PRESETS["tiny"])
+    before = {key: weight.clone() for key, weight in student.state_dict().items()}
+    assert initialise(student, load_teacher("mfcc")) == 0
+    for key, weight in student.state_dict().items():
+        assert torch.equal(weight, before[key])
+
+
+def test_hubert_base_fits_the_base_preset():
+    """HuBERT Base has every weight of preset base, by name and shape, but the α predictor's."""
+    with torch.device("meta"):
+        ours = OFAEncoder(PRESETS["base"]).state_dict()
+        theirs = torchaudio.models.hubert_base().state_dict()
+    own = {key for key in ours if key not in theirs or ours[key].shape != theirs[key].shape}
+    assert own == {"mean_alpha", *(key for key in ours if key.startswith("alpha_predictor"))}
