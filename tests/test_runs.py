@@ -4,9 +4,7 @@ Full disks and kills are in test_pretrain.py, and what is refused in test_bad_in
 """
 
 import json
-import runpy
 import shlex
-import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -96,13 +94,3 @@ def test_a_command_has_the_flags_that_are_not_at_their_defaults():
     assert again.lam == [0.5] and again.seed == 2 and again.seeds == 1
     assert again.data == "my words.tsv" and again.unfreeze and again.device == "auto"
     assert again.out == "runs/again"
-
-
-def test_points_are_listed(monkeypatch, capsys):
-    folder = REPO / "results/adaptive"
-    monkeypatch.setattr(sys, "argv", ["runs.py", str(folder)])
-    runpy.run_path(str(REPO / "parts/runs.py"), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    paths = sorted(folder.glob("*.json"))
-    assert [line.split()[0] for line in lines] == [path.stem for path in paths]
-    assert f"λ = {read_point(paths[0])['lam']:.2f} " in lines[0]
