@@ -76,12 +76,11 @@ from ofa_encoder import (
 from parts import boundaries
 from parts.data import Speech, batches, by_length, load, loader
 from parts.figures import utterance_figure
-from parts.runs import check_numbers, pick_device, release_memory, save, use_bf16
+from parts.runs import check_numbers, pick_device, save, use_bf16
 from parts.teachers import fingerprint, initialise, load_teacher
 
 PERIODS_MS = (20, 25, 33, 50, 90, 180)  # of the final table: asked in ms, answered by λ
 MAX_GRADIENT_NORM = 5.0
-RELEASE_EVERY = 5  # steps after which freed memory goes back to the system
 LEARNED = 0.95  # a loss above this part of a constant answer's has learned nothing worth the name
 
 # Flags that may change when a run is resumed: they say where it runs, not what it computes.
@@ -400,8 +399,6 @@ def train_loop(args, place, lesson, state, checkpoint):
         shown = " ".join(f"{lam:.2f}" for lam in lams)
         bar.set_postfix_str(f"loss {total * place.world:.3f}, λ {shown}, {speed:.0f} s/s")
         done = step + 1
-        if done % RELEASE_EVERY == 0:
-            release_memory()
         if place.rank == 0 and (done % args.save_every == 0 or done == args.steps):
             bar.write(f"step {done}, held-out {check_held_out(args, place, model, lesson)}")
             content = {
