@@ -16,10 +16,10 @@ and one linear head for each distilled layer predicts the teacher's vectors h th
 The first line is DistilHuBERT's loss, the next two are once-for-all's. Guidance acts on α *before*
 λ changes it: one unit of mass for each segment is what λ then scales, whatever λ was drawn.
 
-The CNN and the teacher do not depend on λ and are most of the work, so K = 3 values of λ cost 1.6
-times what one costs, not three times. λ = 0 is always among them: it is the hardest rate, since
-every frame must be right, and few steps would come near it by chance. (The paper takes one λ for
-each batch, and accumulates many batches before it updates the weights.)
+The CNN and the teacher do not depend on λ and are most of the work, so K = 3 values of λ cost less
+than twice what one costs, not three times (docs/speed.md). λ = 0 is always among them: it is the
+hardest rate, since every frame must be right, and few steps would come near it by chance. (The
+paper takes one λ for each batch, and accumulates many batches before it updates the weights.)
 
 One loop serves a CPU, a GPU, and many (torchrun). Whatever is random at a step, λ and the order of
 data included, is a function of (seed, step). So a run that was stopped goes on as if it had not
@@ -474,7 +474,7 @@ def resume(checkpoint, model, optimizer, args) -> int:
 
 @torch.no_grad()
 def constant_loss(teacher, speech: Speech, device) -> list[float]:
-    """For each layer, the distillation loss of the best constant answer: the mean of the teacher's
+    """For each layer, the distillation loss of one constant answer, the mean of the teacher's
     vectors in this speech. An encoder that does no better has learned nothing."""
 
     def targets():
@@ -505,7 +505,6 @@ def constant_loss(teacher, speech: Speech, device) -> list[float]:
 def evaluate(model: Distiller, teacher, speech: Speech, lams, device):
     """Measure the encoder at each λ: a row (dict) for each, and the mean α of this speech."""
     model.eval()
-    encoder = model.encoder
     rows = [{"lam": lam, "tokens": 0, "loss": 0.0, "covered": 0.0} for lam in lams]
     frames = 0
     mass = 0.0
@@ -523,23 +522,28 @@ def evaluate(model: Distiller, teacher, speech: Speech, lams, device):
         mass += (encoded.alpha * valid).sum().item()
     mean_alpha = mass / frames
 
-    # The work is counted on some twenty utterances, each encoded alone.
+    constant = CONSTANT_ALPHA.get(model.encoder.config.compression)
+    for row in rows:
+        tokens = row.pop("tokens")
+        row["period_ms"] = FRAME_MS * frames / tokens
+        row["closed_form_ms"] = (
+            FRAME_MS / constant if constant else period_from_lam(row["lam"], mean_alpha)
+        )
+        row["tokens_per_s"] = 1000 / FRAME_MS * tokens / frames
+        row["distillation"] = (row.pop("loss") / row.pop("covered")).tolist()
+    model.train()
+    return rows, mean_alpha
+
+
+def count_work(encoder, speech: Speech, rows, device):
+    """Add to each row the Transformer's GFLOPs at its λ, counted on some twenty utterances."""
     order = [i for batch in by_length(speech) for i in batch]
     some = order[:: max(1, len(order) // 20)]
     _, waveforms, lengths = next(loader(speech, [some]))
     sample = [waveform[:n] for waveform, n in zip(waveforms, lengths)]
-    constant = CONSTANT_ALPHA.get(encoder.config.compression)
+    encoder.eval()  # training is over
     for row in rows:
-        lam, tokens = row["lam"], row.pop("tokens")
-        row["period_ms"] = FRAME_MS * frames / tokens
-        row["closed_form_ms"] = (
-            FRAME_MS / constant if constant else period_from_lam(lam, mean_alpha)
-        )
-        row["tokens_per_s"] = 1000 / FRAME_MS * tokens / frames
-        row["distillation"] = (row.pop("loss") / row.pop("covered")).tolist()
-        row["transformer_gflops_per_s"] = transformer_gflops(encoder, sample, lam, device)
-    model.train()
-    return rows, mean_alpha
+        row["transformer_gflops_per_s"] = transformer_gflops(encoder, sample, row["lam"], device)
 
 
 def check_held_out(args, place, model, lesson) -> str:
@@ -560,6 +564,7 @@ def report(args, place, model, teacher, test) -> str:
     save(encoder.checkpoint(torch.float16), out / "encoder.pt")
     lams = [args.lam] if args.lam is not None else [encoder.lam_for(ms) for ms in PERIODS_MS]
     rows, mean_alpha = evaluate(model, teacher, test, lams, place.device)
+    count_work(encoder, test, rows, place.device)
     constant = constant_loss(teacher, test, place.device)
     memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in KB
     if sys.platform == "darwin":

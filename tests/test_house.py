@@ -1,6 +1,9 @@
 """The files lie as docs/extending.md and README say: stages on top, imports that only go down."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent
@@ -66,3 +69,17 @@ def test_threads_are_set_before_torch_is_loaded():
     for name in ("pretrain", "finetune", "adaptive_lambda", "extras.benchmark"):
         first = next(m for m in imported_by(name))
         assert first == "parts", f"{name} imports {first} first"
+
+
+def test_what_threads_are_told():
+    """parts sets it, unless the user has."""
+    show = "import parts, os; print(os.environ['GOMP_SPINCOUNT'], "
+    show += "os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+    names = ("GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    for given, expected in (({}, "1000 8"), ({"GOMP_SPINCOUNT": "5"}, "5 8")):
+        command = [sys.executable, "-c", show]
+        done = subprocess.run(
+            command, cwd=REPO, env={**clean, **given}, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == expected

@@ -5,14 +5,23 @@ Full disks and kills are in test_pretrain.py, and what is refused in test_bad_in
 
 import json
 import shlex
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
 from ofa_encoder import load_checkpoint
-from parts.runs import already_done, atomic_write, command, differing, read_point, save, warning
+from parts.runs import (
+    already_done,
+    atomic_write,
+    command,
+    differing,
+    read_point,
+    save,
+    use_bf16,
+    warning,
+)
 
 REPO = Path(__file__).parent.parent
 POINT = REPO / "results/ofa/pool-encoder-lam0-seed0.json"
@@ -94,3 +103,16 @@ def test_a_command_has_the_flags_that_are_not_at_their_defaults():
     assert again.lam == [0.5] and again.seed == 2 and again.seeds == 1
     assert again.data == "my words.tsv" and again.unfreeze and again.device == "auto"
     assert again.out == "runs/again"
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
+def test_bf16_is_for_cuda_alone(precision, device):
+    """On a CPU it can be wrong without a word, so nothing but CUDA ever gets it."""
+    args = Namespace(precision=precision)
+    if precision == "bf16" and device != "cuda":
+        with pytest.raises(ValueError, match=f"--precision bf16 is for CUDA, and this is {device}"):
+            use_bf16(args, torch.device(device))
+    else:
+        wanted = device == "cuda" and precision != "fp32"
+        assert use_bf16(args, torch.device(device)) == wanted
