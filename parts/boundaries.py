@@ -1,12 +1,12 @@
 """Phone-like segments without labels: where α should fire.
 
-Teacher frames x_1 … x_S are quantised by k-means. A path z_1 … z_S gives each frame a code, and it
-is made smooth by a price γ on every change of code:
+The teacher's frames x_1 … x_S are cut into segments in which they hardly change. Each segment is
+stood for by the mean of its frames, and costs a price γ besides:
 
-    minimise over z   Σ_(s >= 1) |x_s - code(z_s)|² + γ Σ_(s >= 2) [z_s ≠ z_(s-1)]
+    minimise over the cuts   Σ_segments (Σ_(s in segment) |x_s - mean of the segment|² + γ)
 
-The cheapest path is found by Viterbi's search, and a segment is a run of one code in it. γ is
-bisected until the mean segment lasts as long as a phone, ~90 ms. In a segment of n frames the
+The cheapest cuts are found exactly, by dynamic programming. γ is bisected until the mean segment
+lasts as long as a phone, ~90 ms. In a segment of n frames the
 pseudo-α is 1/n, so it adds up to 1 over the segment:
 
     frames      1    2  |  3    4    5    6  |  7
@@ -23,25 +23,31 @@ with ids NAME#0, NAME#1, … and times from the start of the piece. `segment` wr
 pretrain.py --boundaries reads one from anywhere (forced alignments, say).
 
 Sources: guidance: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech
-models", ICASSP 2023. Segments: Kamper and van Niekerk, "Towards unsupervised phone and word
-segmentation using self-supervised vector-quantized neural networks", Interspeech 2021.
+models", ICASSP 2023. Segments: Bellman, "On the approximation of curves by line segments using
+dynamic programming", CACM 1961; with a price on each cut as in Kamper and van Niekerk, "Towards
+unsupervised phone and word segmentation using self-supervised vector-quantized neural networks",
+Interspeech 2021, but without a codebook.
 """
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
+from cif import widest_float
 from ofa_encoder import FRAME_MS, frames_of
 from parts.data import Speech, loader
 from parts.runs import atomic_write
 
-CODES = 100  # of k-means
-SAMPLE = 400  # utterances from which the codes and γ are found
+BATCH = 64  # utterances that are segmented together
+LONGEST = 50  # frames in a segment: a second
+SAMPLE = 400  # utterances from which γ is found
 HALVINGS = 14  # of the interval in which γ lies, to 1/16,384 of it
 
 
@@ -52,32 +58,22 @@ HALVINGS = 14  # of the interval in which γ lies, to 1/16,384 of it
 def segment(speech: Speech, teacher, path: Path, period_ms=90.0, device="cpu"):
     """Write the file of boundaries of every utterance of speech, from the teacher's last layer.
 
+    Of each of its vectors the first teacher.boundary_dims numbers count (None: all).
     period_ms: how long the mean segment lasts. device: where the teacher is.
     """
-    # The codes and γ are found in a sample.
-    drawn = np.random.default_rng(0).permutation(len(speech))[:SAMPLE]
-    plan = [drawn[k : k + 16].tolist() for k in range(0, len(drawn), 16)]
-    sample = [(x, frames) for _, x, frames in _teacher_frames(speech, teacher, plan, device)]
-    valid = []  # (S, D) of each utterance, without padding
-    for x, frames in sample:
-        valid += [row[:n] for row, n in zip(x, frames.tolist())]
-    vectors = torch.cat(valid)  # (N, D)
-    codes = kmeans(vectors, min(CODES, len(vectors)))
-    distances = [(_distances(x, codes), frames) for x, frames in sample]
-    # At 20 times a frame's mean distance from its code, segments are far longer than phones.
-    mean_distance = _distances(vectors[:1000], codes).min(1).values.mean()
-    gamma = _find_gamma(distances, 20 * float(mean_distance), period_ms)
+    # Utterances of similar length share a batch. γ is found in a sample of them.
+    order = np.argsort([u.samples for u in speech.utterances], kind="stable")
+    some = order[:: max(1, len(order) // SAMPLE)]
+    sample = list(_spreads(speech, teacher, some, device))
+    gamma = _find_gamma(sample, period_ms)
 
-    # Then all utterances are segmented, those of similar length together.
-    order = np.argsort([u.samples for u in speech.utterances])
-    plan = [order[k : k + 64].tolist() for k in range(0, len(order), 64)]
-    arriving = _teacher_frames(speech, teacher, plan, device)
+    # Then all utterances are segmented.
+    arriving = _spreads(speech, teacher, order, device)
     ends_of = {}
-    for indices, x, frames in tqdm(
-        arriving, desc="pseudo-boundaries", unit=" batches", total=len(plan)
+    for indices, spread, frames in tqdm(
+        arriving, desc="pseudo-boundaries", unit=" batches", total=math.ceil(len(order) / BATCH)
     ):
-        found = cheapest_path(_distances(x, codes), frames, gamma)
-        for i, ends in zip(indices, found):
+        for i, ends in zip(indices, cheapest_cuts(spread, frames, gamma)):
             ends_of[i] = ends
 
     with atomic_write(path) as file:
@@ -89,95 +85,86 @@ def segment(speech: Speech, teacher, path: Path, period_ms=90.0, device="cpu"):
             file.write(f"{u.id}\t{times}\n".encode())
 
 
-def _teacher_frames(speech, teacher, plan, device):
-    """For each list of indices in plan: those that could be read, the teacher's vectors
-    (B, S, D), and how many of them are not padding (B,)."""
+def _spreads(speech, teacher, order, device):
+    """For each batch of the utterances in order: those that could be read, the spreads of their
+    possible segments (B, S, LONGEST), and their numbers of frames (B,)."""
+    plan = [order[k : k + BATCH].tolist() for k in range(0, len(order), BATCH)]
     for indices, waveforms, lengths in loader(speech, plan):
-        x = teacher(waveforms.to(device), lengths.to(device))[-1].float()
+        x = teacher(waveforms.to(device), lengths.to(device))[-1]  # (B, S, D)
         frames = torch.tensor([frames_of(n) for n in lengths.tolist()], device=device)
-        yield indices, x, frames
+        yield indices, spreads(x[:, :, : teacher.boundary_dims], LONGEST), frames
 
 
-def _distances(x: Tensor, codes: Tensor) -> Tensor:
-    """Squared distances of x (…, D) from codes (K, D): (…, K)."""
-    return torch.cdist(x, codes).square()
+def spreads(x: Tensor, longest: int) -> Tensor:
+    """What each possible segment costs without γ: x (B, S, D) -> (B, S, longest).
 
-
-def kmeans(x: Tensor, k: int, rounds=20, seed=0) -> Tensor:
-    """Lloyd's algorithm on x (N, D), from k of its rows: codes (k, D)."""
-    codes = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:k]]
-    for _ in range(rounds):
-        nearest = torch.cdist(x, codes).argmin(1)  # (N,)
-        sums = torch.zeros_like(codes).index_add_(0, nearest, x)  # (k, D)
-        counts = nearest.bincount(minlength=len(codes))[:, None]  # (k, 1)
-        # A code that is nearest to nothing stays where it is.
-        codes = torch.where(counts > 0, sums / counts.clamp(min=1), codes)
-    return codes
-
-
-def _find_gamma(distances, highest: float, period_ms: float) -> float:
-    """The price γ, between 0 and highest, at which the mean segment lasts period_ms.
-
-    distances: of each batch, those from the codes (B, S, K) and the numbers of frames (B,).
+    At [b, s, n - 1] is Σ |x - mean|² over the n frames that end with frame s, which is
+    Σ |x|² - |Σ x|² / n; infinite if n frames would begin before the first.
     """
-    total_frames = sum(int(frames.sum()) for _, frames in distances)
+    x = x.to(widest_float(x.device))  # differences of long sums
+    sums = pad(x.cumsum(1), (0, 0, 1, 0))  # (B, S + 1, D), from 0 on
+    squares = pad(x.square().sum(2).cumsum(1), (1, 0))  # (B, S + 1)
+    B, S, _ = x.shape
+    result = torch.full((B, S, longest), torch.inf, device=x.device)
+    for n in range(1, min(S, longest) + 1):
+        total = sums[:, n:] - sums[:, :-n]  # (B, S - n + 1, D)
+        spread = squares[:, n:] - squares[:, :-n] - total.square().sum(2) / n
+        result[:, n - 1 :, n - 1] = spread.float()
+    return result
+
+
+def cheapest_cuts(spread: Tensor, frames: Tensor, gamma: float) -> list[np.ndarray]:
+    """The cheapest cuts of each utterance: the ends of its segments, in frames.
+
+    spread (B, S, longest): as `spreads` returns it; frames (B,): how many are not padding.
+
+    Let cost_s be the price of the cheapest cuts of frames 1 … s. Their last segment has n frames,
+    and what is before it is cut as cheaply as can be:
+
+        cost_s = min over n of  cost_(s-n) + spread of n frames that end with s + γ
+    """
+    B, S, longest = spread.shape
+    # Forwards. Before the first frame nothing has been paid; the row is filled up on the left so
+    # that every frame has `longest` places before it.
+    cost = torch.full((B, longest + S), torch.inf, device=spread.device)
+    cost[:, longest - 1] = 0
+    length = torch.zeros(B, S, dtype=torch.int64, device=spread.device)  # of the last segment
+    for s in range(S):
+        before = cost[:, s : s + longest].flip(1)  # (B, longest): for n = 1, 2, …
+        price, best = (before + spread[:, s]).min(1)  # (B,)
+        cost[:, longest + s] = price + gamma
+        length[:, s] = best + 1
+
+    # Backwards from each utterance's last frame, segment by segment. What is behind it, padding
+    # included, has not touched its cost.
+    result = []
+    for row, end in zip(length.cpu().numpy(), frames.tolist()):
+        ends = []
+        while end > 0:
+            ends.append(end)
+            end -= row[end - 1]
+        result.append(np.array(ends[::-1]))
+    return result
+
+
+def _find_gamma(sample, period_ms: float) -> float:
+    """The price γ at which the mean segment lasts period_ms. sample: batches of `_spreads`."""
+    total_frames = sum(int(frames.sum()) for _, _, frames in sample)
+    # The dearer a segment, the fewer there are, so the mean length never falls as γ rises. Each
+    # round tries the middle of the interval and keeps the half in which the right γ lies. At its
+    # upper end, a cut would have to save more than whole seconds of speech differ from their mean.
     low = 0.0
-    high = highest
-    # The dearer a change, the fewer the changes, so the mean length never falls as γ rises. Each
-    # round tries the middle of the interval and keeps the half in which the right γ lies.
+    high = max(float(spread[spread.isfinite()].max()) for _, spread, _ in sample)
     for _ in range(HALVINGS):
         gamma = (low + high) / 2
         segments = 0
-        for batch, frames in distances:
-            segments += sum(len(ends) for ends in cheapest_path(batch, frames, gamma))
+        for _, spread, frames in sample:
+            segments += sum(len(ends) for ends in cheapest_cuts(spread, frames, gamma))
         if FRAME_MS * total_frames / segments < period_ms:
             low = gamma
         else:
             high = gamma
     return gamma
-
-
-def cheapest_path(distances: Tensor, frames: Tensor, gamma: float) -> list[np.ndarray]:
-    """The cheapest path of each utterance: the ends of its segments, in frames.
-
-    distances (B, S, K): of each frame from each code. frames (B,): how many are not padding.
-
-    Viterbi's search. Let cost_s(k) be the price of the cheapest path through frames 1 … s that ends
-    in code k. That path was in k already, or it was in the cheapest code of all and changed:
-
-        cost_s(k) = distance_s(k) + min(cost_(s-1)(k), min_j cost_(s-1)(j) + γ)
-    """
-    B, S, K = distances.shape
-    padding = torch.arange(S, device=distances.device) >= frames[:, None]  # (B, S)
-    # Forwards: the costs, and for each step which of the two terms was the smaller.
-    cost = distances[:, 0]  # (B, K)
-    stays = []  # (B, K) for each step: whether the path that ends in k was in k before
-    origins = []  # (B,) for each step: the code from which a path that changes has come
-    for s in range(1, S):
-        # Through the padding every path goes on for nothing, so the cheapest one at the end of the
-        # batch is the cheapest at the end of the utterance.
-        distance = distances[:, s].masked_fill(padding[:, s, None], 0)  # (B, K)
-        cheapest, origin = cost.min(1)  # (B,)
-        change = cheapest[:, None] + gamma  # (B, 1)
-        stay = cost <= change  # (B, K)
-        cost = torch.where(stay, cost, change) + distance
-        stays.append(stay)
-        origins.append(origin)
-
-    # Backwards from the cheapest end: a segment starts wherever the path changed.
-    code = cost.argmin(1)  # (B,)
-    starts = torch.zeros(B, S, dtype=torch.bool, device=distances.device)
-    for s in range(S - 1, 0, -1):
-        changed = ~stays[s - 1].gather(1, code[:, None])[:, 0]  # (B,)
-        starts[:, s] = changed
-        code = torch.where(changed, origins[s - 1], code)
-
-    # Counted from 0, the start of a segment is the end of the one before. The last one ends with
-    # the utterance.
-    result = []
-    for row, n in zip(starts.cpu().numpy(), frames.tolist()):
-        result.append(np.append(row[:n].nonzero()[0], n))
-    return result
 
 
 # 2. Keeping them.
@@ -186,10 +173,11 @@ def cheapest_path(distances: Tensor, frames: Tensor, gamma: float) -> list[np.nd
 def cache_path(speech: Speech, teacher: str, period_ms: float, root) -> Path:
     """Where the result of `segment` is kept under root.
 
-    teacher: its fingerprint (teachers.py). Another corpus, teacher or period has another name.
+    teacher: its fingerprint (teachers.py). Another corpus, teacher, period or way of finding the
+    segments has another name.
     """
     utterances = [(u.id, u.samples) for u in speech.utterances]
-    key = json.dumps([utterances, teacher, period_ms])
+    key = json.dumps([utterances, teacher, period_ms, "piecewise constant"])
     return Path(root) / f"boundaries-{hashlib.sha1(key.encode()).hexdigest()[:12]}.tsv"
 
 

@@ -2,6 +2,8 @@
 
 A teacher is called with waveforms (B, samples) and lengths (B,) in samples and returns a list of
 targets (B, S, D), one for each of its `layers` (names, for tables), with D as in its `dims`.
+`boundary_dims` says how many numbers of the last layer's vectors count when segments are found
+(parts/boundaries.py); None: all.
 To add one, write a function that makes it and enter it in TEACHERS below, and nowhere else.
 
     mfcc         needs no download: 13 MFCCs with first and second differences, one "layer" of
@@ -34,6 +36,7 @@ class MFCCTeacher(nn.Module):
 
     layers = ["mfcc"]
     dims = [39]
+    boundary_dims = 13  # segments are found without the differences, which are large at their ends
 
     def __init__(self):
         super().__init__()
@@ -58,6 +61,8 @@ class MFCCTeacher(nn.Module):
 
 class Wav2Vec2Teacher(nn.Module):
     """A HuBERT or wav2vec 2.0 model of torchaudio. layers: which to teach, counted from 1."""
+
+    boundary_dims = None
 
     def __init__(self, model, layers):
         super().__init__()

@@ -1,4 +1,4 @@
-"""boundaries.py against every possible path, by brute force, and on real speech."""
+"""boundaries.py against all possible cuts, by brute force, and on real speech."""
 
 import itertools
 
@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from ofa_encoder import frames_of
 from parts.boundaries import (
     cache_path,
-    cheapest_path,
-    kmeans,
+    cheapest_cuts,
     pseudo_alpha,
     read_boundaries,
     segment,
+    spreads,
 )
 from parts.data import Speech
 from parts.teachers import load_teacher
@@ -23,48 +23,43 @@ from parts.teachers import load_teacher
 FRAMES = 6  # of an utterance without padding, in the test by brute force
 
 
-def price(distances, path, gamma):
-    """The price of a path, a code for each frame, as the docstring of boundaries.py has it."""
-    changes = sum(a != b for a, b in zip(path, path[1:]))
-    return sum(distances[s, code].item() for s, code in enumerate(path)) + gamma * changes
+def price(x, ends, gamma):
+    """The price of these segments of x (S, D), as the docstring of boundaries.py has it."""
+    segments = np.split(x, ends[:-1])
+    return sum(((rows - rows.mean(0)) ** 2).sum() + gamma for rows in segments)
 
 
-def path_of(distances, ends):
-    """The best path (S,) with these segments: in each of them the code that is nearest overall."""
-    path = []
-    start = 0
-    for end in ends:
-        code = distances[start:end].sum(0).argmin().item()
-        path += [code] * (end - start)
-        start = end
-    return path
+def all_cuts(S, longest):
+    """The ends of every way to cut S frames into segments of at most `longest`."""
+    for cuts in itertools.product([False, True], repeat=S - 1):
+        ends = np.append(np.flatnonzero(cuts) + 1, S)
+        if np.diff(ends, prepend=0).max() <= longest:
+            yield ends
 
 
-@given(S=st.integers(1, FRAMES), K=st.integers(1, 3), gamma=st.floats(0, 3), seed=st.integers(0))
-def test_no_path_is_cheaper(S, K, gamma, seed):
+@given(
+    S=st.integers(1, FRAMES),
+    longest=st.integers(1, FRAMES + 1),
+    gamma=st.floats(0, 3),
+    seed=st.integers(0),
+)
+def test_no_cuts_are_cheaper(S, longest, gamma, seed):
     """In a batch of an utterance of S frames with padding, and one without."""
     random = torch.Generator().manual_seed(seed % 2**32)
-    distances = torch.rand(2, FRAMES, K, generator=random, dtype=torch.float64)
-    found = cheapest_path(distances, torch.tensor([S, FRAMES]), gamma)
-    for d, n, ends in zip(distances, (S, FRAMES), found, strict=True):
-        lowest = min(price(d, path, gamma) for path in itertools.product(range(K), repeat=n))
-        assert ends[-1] == n
-        assert price(d, path_of(d, ends), gamma) == pytest.approx(lowest, abs=1e-9)
+    x = torch.randn(2, FRAMES, 3, generator=random)
+    found = cheapest_cuts(spreads(x, longest), torch.tensor([S, FRAMES]), gamma)
+    for row, n, ends in zip(x.double().numpy(), (S, FRAMES), found, strict=True):
+        lowest = min(price(row[:n], cuts, gamma) for cuts in all_cuts(n, longest))
+        assert ends[-1] == n and np.diff(ends, prepend=0).max() <= longest
+        assert price(row[:n], ends, gamma) == pytest.approx(lowest, abs=1e-4)
 
 
-def test_kmeans_is_lloyds_algorithm():
-    """Against a plain loop that starts from the same rows. Each row is there three times, so two
-    codes may start in one place; then the second is nearest to nothing and stays."""
-    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)).repeat(3, 1)
-    for seed in range(5):
-        codes = kmeans(x, 6, rounds=0, seed=seed).numpy()
-        for _ in range(20):
-            nearest = [np.linalg.norm(codes - row, axis=1).argmin() for row in x.numpy()]
-            for k in range(6):
-                members = [row for row, code in zip(x.numpy(), nearest) if code == k]
-                if members:
-                    codes[k] = np.mean(members, axis=0)
-        np.testing.assert_allclose(kmeans(x, 6, rounds=20, seed=seed), codes, atol=1e-5)
+def test_spread_of_long_segments_far_from_zero():
+    """Differences of sums of a thousand large numbers: against the definition, in float64."""
+    x = 100 + torch.randn(1, 1000, 2, generator=torch.Generator().manual_seed(0))
+    last = x[0, -50:].double()
+    wanted = (last - last.mean(0)).square().sum().item()
+    assert spreads(x, 50)[0, -1, -1].item() == pytest.approx(wanted, rel=1e-5)
 
 
 # Real speech.

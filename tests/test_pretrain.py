@@ -448,7 +448,7 @@ def test_what_cannot_be_written_leaves_the_last_checkpoint(run, unwritable, monk
 def test_memory_does_not_grow_with_the_corpus(folder, tmp_path):
     """Peak memory of whole runs on links to one second of speech: ten times as many are 140 MB more
     of sound, and must cost less than 30. What grows is some kilobytes an utterance for its name and
-    boundaries and, up to 400 utterances, the sample on which codes are found.
+    boundaries and, up to 400 utterances, the sample on which γ is found.
     """
     peaks, whole = [], load(str(folder))[0]
     soundfile.write(tmp_path / "second.wav", whole.repeat(2)[:16_000].numpy(), 16_000)
