@@ -47,7 +47,7 @@ benchmark: data/asterisk.pt
 	.venv/bin/python -m extras.benchmark
 
 results: data/asterisk.pt
-	.venv/bin/python -m extras.firing checkpoints/ofa-tiny.pt $(RESULTS)/firing.json
+	.venv/bin/python -m extras.firing checkpoints/ofa-tiny.pt $(RESULTS)/firing/ofa.json
 	.venv/bin/python -m extras.results $(RESULTS)
 
 sweep: RESULTS = runs/results

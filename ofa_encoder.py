@@ -2,10 +2,10 @@
 
     waveforms (B, samples), 16 kHz
         │ CNN, LayerNorm
-    x (B, S, C), a frame every 20 ms ─── AlphaPredictor ─── α (B, S), about 1 a phone in sum
-        │                                                   │ modify_alpha, by λ
-        │                                                   α′ (B, S)
-        └────────────────────────┬──────────────────────────┘
+    x (B, S, C), a frame every 20 ms ─── Predictor ─── α (B, S), about 1 a phone in sum
+        │                                              │ modify_alpha, by λ
+        │                                              α′ (B, S)
+        └────────────────────────┬─────────────────────┘
                                 CIF
                                  │
                         tokens (B, T, C)
@@ -28,6 +28,16 @@ frame period has a closed form:
 It is exact but for rounding to whole tokens if mean α is that of the speech itself. A single
 utterance differs from the mean of many.
 
+Where α comes from is another choice (Config.alpha). The predictor gives a number between 0 and 1
+for each frame, and that number is
+
+    regression   α itself, taught to be 1/n in a segment of n frames (the paper's way). Its sum
+                 gives the right rate, but errors add up: tokens soon end anywhere.
+    segments     the probability that a segment ends here. Segments end at its peaks, and α is 1/n
+                 inside them. α′ is then locked to these ends, so that the running total is whole
+                 there whatever λ is: up to λ = 1 no token crosses the end of a segment, and beyond
+                 a token is a group of whole segments.
+
 The number of tokens itself has no gradient: λ's arrives through the widths of the pieces that CIF
 cuts. Guidance, which teaches α where phones end, acts on α before λ changes it (in pretrain.py).
 
@@ -38,8 +48,8 @@ pooling, as in fixed-length subsampling).
 Sources: once-for-all and α′: Chen, Meng and Lee, "Once-for-all sequence compression for
 self-supervised speech models", ICASSP 2023, section 3. Fixed- and variable-length subsampling: Meng
 et al., "On compressing sequences for self-supervised speech models", SLT 2022. The student: Chang,
-Yang and Lee, "DistilHuBERT", ICASSP 2022. CNN, positions and layers are torchaudio's wav2vec 2.0
-modules, so HuBERT's weights fit by name.
+Yang and Lee, "DistilHuBERT", ICASSP 2022. Segments and their lock are ours. CNN, positions and
+layers are torchaudio's wav2vec 2.0 modules, so HuBERT's weights fit by name.
 
 This file needs torch, torchaudio and cif.py: copy the pair. `python ofa_encoder.py` runs an
 untrained encoder at several λ.
@@ -57,7 +67,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import gelu, pad, relu
 from torch.utils.flop_counter import FlopCounterMode
 
-from cif import Fired, cif
+from cif import ROUNDING, Fired, cif, widest_float
 
 SAMPLE_RATE = 16_000
 
@@ -70,6 +80,7 @@ FRAME_MS = 20
 
 CONSTANT_ALPHA = {"none": 1.0, "average2": 1 / 2, "average4": 1 / 4}
 COMPRESSIONS = ("cif", *CONSTANT_ALPHA)
+ALPHAS = ("regression", "segments")
 INITIAL_ALPHA = 0.22  # of "cif" before training: about one token in 90 ms
 
 
@@ -157,7 +168,10 @@ def cnn_features(extractor, waveforms, lengths):
 
 
 class AlphaPredictor(nn.Module):
-    """Conv1d(k=5) → LayerNorm → ReLU → Linear → sigmoid: x (B, S, C) -> α (B, S)."""
+    """Conv1d(k=5) → LayerNorm → ReLU → Linear → sigmoid: x (B, S, C) -> (B, S), in (0, 1).
+
+    What it predicts is α itself, or the probability that a segment ends with this frame.
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -172,7 +186,73 @@ class AlphaPredictor(nn.Module):
         return x.float().sigmoid()  # α are summed over long times: not in bf16
 
 
-# 3. The encoder.
+# 3. Segments: tokens that end where the sound changes.
+
+
+def peaks(probability, frames):
+    """probability (B, S) where it is no lower than in the frames beside it, and elsewhere 0.
+
+    frames (B,): how many are not padding. An utterance's last frame is left out: it ends a segment
+    in any case.
+    """
+    inner = torch.arange(probability.shape[1], device=frames.device) < frames[:, None] - 1
+    before = pad(probability, (1, 0))[:, :-1]
+    after = pad(probability, (0, 1))[:, 1:]
+    return probability * ((probability > before) & (probability >= after) & inner)
+
+
+def segment_ends(probability, frames, threshold):
+    """Whether a segment ends with a frame, (B, S) bool: at peaks of the threshold or more, and with
+    an utterance's last frame."""
+    last = torch.arange(probability.shape[1], device=frames.device) == frames[:, None] - 1
+    return (peaks(probability, frames) >= threshold) | last
+
+
+def segment_alpha(ends):
+    """α = 1/n in a segment of n frames, 0 in the padding: ends (B, S) bool -> (B, S).
+
+    In float64, since 1/n is to be 1 when it has been added up n times.
+    """
+    number = ends.cumsum(1) - ends.long()  # (B, S) of the segment of each frame, counted from 0
+    inside = number < ends.sum(1, keepdim=True)  # what follows the last end is padding
+    ones = inside.to(widest_float(ends.device))
+    size = torch.zeros_like(ones).scatter_add(1, number.clamp(max=ends.shape[1] - 1), ones)
+    return ones / size.gather(1, number.clamp(max=ends.shape[1] - 1)).clamp(min=1)
+
+
+def lock_to_ends(weights, ends):
+    """Scale α′ = weights (B, S) so that its running total is whole where tokens shall end.
+
+    ends (B, S) bool: where segments end; weights are 0 in the padding. The total at each end is
+    rounded. A token may end there if the rounded total has grown since the end before:
+
+        ends of segments         |           |     |              |
+        total of α′             1.4         2.3   2.9            4.2
+        rounded                  1           2     3              4
+        between these, α′ · g/m  with g = 1 by how much the rounded total has grown,
+                                 and m = 1.4, 0.9, 0.6, 1.3 the mass that was there
+
+    Where it has not grown, the segment joins the next one; at the end of the utterance, the one
+    before. So the number of tokens is the rounded total, as without the lock. The factor g/m has no
+    gradient: λ keeps the slope that it has in α′.
+    """
+    slack = ROUNDING[weights.dtype]  # a total of 2.5 is rounded up, though it be 2.4999999999
+    rounded = (weights.detach().cumsum(1) + 0.5 + slack).floor()  # (B, S)
+    reached = (rounded * ends).cummax(1).values  # at the latest end that is not after this frame
+    before = pad(reached, (1, 0))[:, :-1]
+    growth = reached - before  # (B, S): over 0 where tokens shall end
+    grown = growth > 0
+
+    # Frames up to the same such place form a group, and what is left over joins the last one.
+    group = grown.cumsum(1) - grown.long()  # (B, S), counted from 0
+    group = torch.minimum(group, (grown.sum(1, keepdim=True) - 1).clamp(min=0))
+    nothing = torch.zeros_like(weights)
+    mass = nothing.scatter_add(1, group, weights.detach())
+    factor = nothing.scatter_add(1, group, growth) / mass.where(mass > 0, 1)
+    return weights * factor.gather(1, group)
+
+
+# 4. The encoder.
 
 
 @dataclass(frozen=True)
@@ -187,6 +267,7 @@ class Config:
     pos_kernel: int = 128  # of the convolutional positions, in tokens
     dropout: float = 0.1
     compression: str = "cif"  # one of COMPRESSIONS
+    alpha: str = "regression"  # one of ALPHAS: where α comes from, if compression is "cif"
 
 
 PRESETS = {
@@ -209,6 +290,7 @@ class Encoded(NamedTuple):
     hidden_states: list[Tensor]
     lengths: Tensor  # (B,) int64, number of tokens
     alpha: Tensor  # (B, S) α, before λ; of a fixed-rate peer its constant
+    predicted: Tensor  # (B, S) what the predictor says: α, or how probably a segment ends here
     fired: Fired  # what CIF did: fire_times to plot, what expand needs, and α′ as fired.alpha
     frames: Tensor  # (B,) int64, number of frames of 20 ms, before compression
 
@@ -218,7 +300,7 @@ class Encoded(NamedTuple):
 
 
 class OFAEncoder(nn.Module):
-    """The diagram at the top of this file. Raises ValueError for an unknown compression."""
+    """The diagram at the top of this file. Raises ValueError for an unknown compression or α."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -226,6 +308,8 @@ class OFAEncoder(nn.Module):
             raise ValueError(
                 f"compression is {config.compression!r}, expected one of {', '.join(COMPRESSIONS)}"
             )
+        if config.alpha not in ALPHAS:
+            raise ValueError(f"alpha is {config.alpha!r}, expected one of {', '.join(ALPHAS)}")
         self.config = config
         model = torchaudio.models.wav2vec2_model(
             extractor_mode="group_norm",
@@ -255,6 +339,10 @@ class OFAEncoder(nn.Module):
         # Mean α of held-out speech, measured by pretrain.py: it turns milliseconds into λ.
         mean_alpha = CONSTANT_ALPHA.get(config.compression, INITIAL_ALPHA)
         self.register_buffer("mean_alpha", torch.tensor(mean_alpha))
+        # How probable an end must be, set so that segments of that speech last as long as they
+        # should.
+        if config.alpha == "segments":
+            self.register_buffer("end_threshold", torch.tensor(0.5))
 
     def forward(self, waveforms, lengths=None, lam=0.0) -> Encoded:
         """Hidden states of waveforms at λ.
@@ -282,22 +370,31 @@ class OFAEncoder(nn.Module):
         padding = torch.arange(x.shape[1], device=x.device) >= frames[:, None]  # (B, S)
         return x.masked_fill(padding[:, :, None], 0), frames
 
-    def encode(self, x, frames, lam=0.0) -> Encoded:
+    def encode(self, x, frames, lam=0.0, ends=None) -> Encoded:
         """The part that depends on λ. The same frames can be encoded at many λ.
 
         x (B, S, C) and frames (B,): as `features` returns them. lam: as in `forward`; not checked.
+        ends (B, S) bool: where segments end, if it is known; for Config.alpha "segments" alone.
         """
         # How much of a token each frame is worth, and what λ makes of it. Peers have no λ.
         if self.config.compression == "cif":
-            alpha = self.alpha_predictor(x)  # (B, S)
+            predicted = self.alpha_predictor(x)  # (B, S)
+            alpha = predicted
+            if self.config.alpha == "segments":
+                if ends is None:
+                    ends = segment_ends(predicted, frames, self.end_threshold)
+                alpha = segment_alpha(ends)
             weights = modify_alpha(alpha, lam)
         else:
             constant = CONSTANT_ALPHA[self.config.compression]
             alpha = torch.full(x.shape[:2], constant, device=x.device)
+            predicted = alpha
             weights = alpha
 
         # Merge frames into tokens.
         weights = _enough_for_a_token(weights, frames)
+        if self.config.alpha == "segments" and self.config.compression == "cif":
+            weights = lock_to_ends(weights, ends)
         fired = cif(x, weights, frames)  # tokens (B, T, C)
 
         # Contextualise the tokens. The rest is DistilHuBERT, on a shorter sequence.
@@ -305,7 +402,7 @@ class OFAEncoder(nn.Module):
         x = projection.dropout(projection.projection(fired.tokens))  # (B, T, D)
         valid = torch.arange(x.shape[1], device=x.device) < fired.lengths[:, None]  # (B, T)
         hidden_states = self.transform(x, valid)
-        return Encoded(hidden_states, fired.lengths, alpha, fired, frames)
+        return Encoded(hidden_states, fired.lengths, alpha, predicted, fired, frames)
 
     def transform(self, x, valid):
         """Positions and layers: projected tokens x (B, T, D) -> hidden states, each (B, T, D).
@@ -373,7 +470,7 @@ class OFAEncoder(nn.Module):
         """What from_checkpoint reads, to be written with torch.save. float16 halves the file."""
         weights = {}
         for name, value in self.state_dict().items():
-            is_number = value.ndim == 0  # mean_alpha alone: as exact as it is
+            is_number = value.ndim == 0  # mean_alpha and end_threshold: as exact as they are
             weights[name] = value.cpu() if is_number else value.cpu().to(dtype)
         return {"config": asdict(self.config), "encoder": weights}
 
@@ -400,13 +497,14 @@ class OFAEncoder(nn.Module):
 
 
 def _enough_for_a_token(weights, frames):
-    """Raise α′ (B, S) of an utterance whose sum is below half a token to just over half.
+    """α′ (B, S) without padding; a sum below half a token is raised to just over half.
 
     CIF would fire nothing there, and an utterance without tokens has no hidden states: no head
     could say anything of it, and attention over nothing is NaN.
     """
     padding = torch.arange(weights.shape[1], device=weights.device) >= frames[:, None]
-    mass = weights.masked_fill(padding, 0).sum(1, keepdim=True)  # (B, 1)
+    weights = weights.masked_fill(padding, 0)
+    mass = weights.sum(1, keepdim=True)  # (B, 1)
     return weights * (0.501 / mass).clamp(min=1)
 
 
@@ -432,7 +530,7 @@ def load_checkpoint(path, map_location="cpu") -> dict:
     return content
 
 
-# 4. What λ saves.
+# 5. What λ saves.
 
 
 @torch.no_grad()

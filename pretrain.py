@@ -16,6 +16,10 @@ and one linear head for each distilled layer predicts the teacher's vectors h th
 The first line is DistilHuBERT's loss, the next two are once-for-all's. Guidance acts on α *before*
 λ changes it: one unit of mass for each segment is what λ then scales, whatever λ was drawn.
 
+With --alpha segments the predictor learns where segments end, and pseudo-α itself is α meanwhile.
+Guidance then is the cross entropy of its probability that a segment ends with a frame. How probable
+an end must be to count is set on held-out speech, so that its segments last --segment-ms.
+
 The CNN and the teacher do not depend on λ and are most of the work, so K = 3 values of λ cost less
 than twice what one costs, not three times (docs/speed.md). λ = 0 is always among them: it is the
 hardest rate, since every frame must be right, and few steps would come near it by chance. (The
@@ -54,11 +58,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.functional import cosine_similarity, logsigmoid
+from torch.nn.functional import binary_cross_entropy, cosine_similarity, logsigmoid
 from tqdm import tqdm
 
 from cif import expand
 from ofa_encoder import (
+    ALPHAS,
     COMPRESSIONS,
     CONSTANT_ALPHA,
     FRAME_MS,
@@ -70,6 +75,7 @@ from ofa_encoder import (
     frames_of,
     lam_from_period,
     load_checkpoint,
+    peaks,
     period_from_lam,
     transformer_gflops,
 )
@@ -105,6 +111,7 @@ def parse_arguments(argv=None):
     add("--preset", choices=PRESETS, default="tiny", help="sizes of the encoder")
     add("--layers", type=int, default=2, help="its Transformer layers")
     add("--compression", choices=COMPRESSIONS, default="cif", help="cif follows λ; others: peers")
+    add("--alpha", choices=ALPHAS, default="regression", help="where α comes from: ofa_encoder.py")
     add("--lam", type=float, help="train at this λ alone; default: draw λ at each step")
     add("--lams-per-step", type=int, default=3, help="K, how many λ a step encodes its batch at")
     add(
@@ -145,6 +152,11 @@ def parse_arguments(argv=None):
     check_numbers(args, "steps", "layers", "accumulate", "batch_seconds", "lr", "warmup")
     check_numbers(args, "lams_per_step", "save_every")
     check_numbers(args, "quantity", "seed", "workers", zero=True)
+    if args.alpha == "segments" and (args.compression != "cif" or args.quantity):
+        raise ValueError(
+            "--alpha segments is for --compression cif, and goes without --quantity: "
+            "the number of segments has no gradient"
+        )
     if not FRAME_MS <= args.segment_ms < 1e9:
         raise ValueError(f"--segment-ms is {args.segment_ms}, expected {FRAME_MS} or more")
     return args
@@ -167,14 +179,14 @@ class Distiller(nn.Module):
         self.encoder = encoder
         self.heads = nn.ModuleList(nn.Linear(encoder.config.dim, dim) for dim in teacher_dims)
 
-    def forward(self, waveforms, lengths, targets, lams):
+    def forward(self, waveforms, lengths, targets, lams, ends=None):
         """What `distil` returns, for each λ, on one pass of the CNN.
 
         waveforms (B, samples) at 16 kHz, lengths (B,) in samples; targets: the teacher's vectors,
-        (B, S, D_teacher) for each layer.
+        (B, S, D_teacher) for each layer; ends (B, S) bool: where segments end, if it is known.
         """
         x, frames = self.encoder.features(waveforms, lengths)  # (B, S, C), (B,)
-        return [self.distil(self.encoder.encode(x, frames, lam), targets) for lam in lams]
+        return [self.distil(self.encoder.encode(x, frames, lam, ends), targets) for lam in lams]
 
     def distil(self, encoded: Encoded, targets):
         """The encoder's output; the loss of each layer and frame, (layers, B, S); and `covered`
@@ -265,7 +277,12 @@ def main():
 
     # The student starts from the teacher's weights wherever the shapes agree.
     torch.manual_seed(args.seed)
-    config = replace(PRESETS[args.preset], layers=args.layers, compression=args.compression)
+    config = replace(
+        PRESETS[args.preset],
+        layers=args.layers,
+        compression=args.compression,
+        alpha=args.alpha,
+    )
     encoder = OFAEncoder(config)
     copied = initialise(encoder, lesson.teacher)
     model = Distiller(encoder, lesson.teacher.dims).to(place.device)
@@ -372,7 +389,7 @@ def train_loop(args, place, lesson, state, checkpoint):
                 parallel.require_backward_grad_sync = part == args.accumulate - 1
             try:
                 with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(args, device)):
-                    results = parallel(waveforms, lengths, targets, lams)
+                    results = parallel(waveforms, lengths, targets, lams, number.to(device) > 0)
             except ValueError as error:  # cif refuses α that are NaN
                 raise non_finite(error, step, lams, batch, train, checkpoint) from None
             loss = step_loss(args, results, pseudo.to(device), number.to(device), batch, ends)
@@ -424,6 +441,11 @@ def step_loss(args, results, pseudo, number, batch, ends):
         loss = loss + (distillation * covered).sum() / (n_frames * len(results))
     if args.compression == "cif":
         encoded = results[0][0]  # α does not depend on λ: any of the results will do
+        if args.alpha == "segments":
+            ends = (number > 0).float()
+            in_utterance = (pseudo > 0).float()
+            unlikely = binary_cross_entropy(encoded.predicted, ends, in_utterance, reduction="sum")
+            return loss + unlikely / n_frames
         frame_loss, segment_loss = guidance(encoded.alpha, pseudo, number)
         loss = loss + 0.5 * frame_loss / n_frames + 0.05 * segment_loss / n_segments
         if args.quantity:
@@ -535,6 +557,23 @@ def evaluate(model: Distiller, teacher, speech: Speech, lams, device):
     return rows, mean_alpha
 
 
+@torch.no_grad()
+def end_threshold(encoder, speech: Speech, segment_ms, device) -> float:
+    """How probable the end of a segment must be, for segments of this speech to last segment_ms."""
+    found = []  # the probabilities at all peaks
+    frames = 0
+    for used, waveforms, lengths in loader(speech, by_length(speech)):
+        if used:
+            x, n = encoder.features(waveforms.to(device), lengths.to(device))
+            at_peaks = peaks(encoder.alpha_predictor(x), n)  # (B, S)
+            found += at_peaks[at_peaks > 0].tolist()
+            frames += n.sum().item()
+    # Each utterance has one segment more than ends inside it.
+    wanted = round(frames * FRAME_MS / segment_ms) - len(speech)
+    found.sort(reverse=True)
+    return found[min(wanted, len(found)) - 1] if found and wanted > 0 else 1.0
+
+
 def count_work(encoder, speech: Speech, rows, device):
     """Add to each row the Transformer's GFLOPs at its λ, counted on some twenty utterances."""
     order = [i for batch in by_length(speech) for i in batch]
@@ -549,6 +588,9 @@ def count_work(encoder, speech: Speech, rows, device):
 def check_held_out(args, place, model, lesson) -> str:
     """Measure α and the loss on held-out speech in the middle of a run, and say so in a line."""
     lams = (0.0, 0.5, 1.0) if args.lam is None else (args.lam,)
+    if args.alpha == "segments":
+        threshold = end_threshold(model.encoder, lesson.held_out, args.segment_ms, place.device)
+        model.encoder.end_threshold.fill_(threshold)
     rows, mean_alpha = evaluate(model, lesson.teacher, lesson.held_out, lams, place.device)
     model.encoder.mean_alpha.fill_(mean_alpha)  # lam_for turns milliseconds into λ by it
     losses = [f"{np.mean(row['distillation']):.3f} at λ = {row['lam']:g}" for row in rows]

@@ -13,15 +13,16 @@ ends of utterances do not count.
 Firing often raises recall by chance. The R-value charges for it: OS is the share of fire times
 that are too many. It is 1 for perfect agreement, and below 0 for far too many fire times.
 
-The rows "constant α" fire equally often in each utterance, but at equal distances: what they lack
-is the knowledge of *where*. At 33 ms and ± 20 ms nearly every boundary is met by both, so look at
-90 ms. The boundaries are found in held-out speech as those that taught α were found in training
-speech (parts/boundaries.py): they are changes in the teacher's frames, not marks of a phonetician.
+The rows "equal spacing" fire equally often in each utterance, but at equal distances: what they
+lack is the knowledge of *where*. At 33 ms and ± 20 ms nearly every boundary is met by both, so look
+at λ = 1 and around it. The boundaries are found in held-out speech as those that taught α were found
+in training speech (parts/boundaries.py): they are changes in the teacher's frames, not marks of a
+phonetician.
 
 Source of the R-value: Räsänen, Laine and Altosaar, "An improved speech segmentation quality
 measure: the R-value", Interspeech 2009.
 
-    python -m extras.firing checkpoints/ofa-tiny.pt results/firing.json
+    python -m extras.firing checkpoints/ofa-tiny.pt results/firing/ofa.json
 """
 
 import parts  # noqa: F401  before torch: it sets how the threads of torch wait
@@ -41,7 +42,7 @@ from parts.data import by_length, load, loader
 from parts.teachers import fingerprint, load_teacher
 
 TOLERANCE_MS = 20
-FIRING_PERIODS_MS = (33, 50, 90)
+FIRING_LAMS = (0.5, 0.8, 0.9, 0.95, 0.99, 1.0, 1.01, 1.1, 1.5)
 SEGMENT_MS = 90.0  # mean length of the segments found
 
 
@@ -84,16 +85,21 @@ def scores(pairs, fires, ends) -> dict:
 
 
 @torch.no_grad()
-def firing(encoder, speech, ends, periods_ms=FIRING_PERIODS_MS) -> list[dict]:
-    """Two rows for each frame period: of the learned α, and of a constant one.
+def firing(encoder, speech, ends, lams=FIRING_LAMS) -> list[dict]:
+    """Two rows for each λ: of the encoder's tokens, and of equal spacing.
 
     ends: the boundaries of each utterance, in frames; the last is the utterance's end. Raises
     ValueError for an encoder of one fixed rate.
     """
+    if encoder.config.compression != "cif":
+        raise ValueError(
+            f"this encoder has one fixed rate ({encoder.config.compression}): its tokens fire at "
+            "equal distances"
+        )
     rows = []
-    for lam in [encoder.lam_for(period) for period in periods_ms]:
+    for lam in lams:
         # Sums over utterances of (agreeing pairs, fire times, boundaries).
-        counts = {"learned α": np.zeros(3, int), "constant α": np.zeros(3, int)}
+        counts = {"tokens": np.zeros(3, int), "equal spacing": np.zeros(3, int)}
         frames = 0
         tokens = 0
         for used, waveforms, lengths in loader(speech, by_length(speech)):
@@ -104,11 +110,11 @@ def firing(encoder, speech, ends, periods_ms=FIRING_PERIODS_MS) -> list[dict]:
             tokens += out.lengths.sum().item()
             for b, i in enumerate(used):
                 fires = fire_times(out, b)
-                counts["learned α"] += count(fires, ends[i])
+                counts["tokens"] += count(fires, ends[i])
                 even = np.arange(1, len(fires) + 1) * out.frames[b].item() / (len(fires) + 1)
-                counts["constant α"] += count(even, ends[i])
+                counts["equal spacing"] += count(even, ends[i])
         for what, sums in counts.items():
-            row = {"lam": round(lam, 2), "period_ms": FRAME_MS * frames / tokens, "what": what}
+            row = {"lam": lam, "period_ms": FRAME_MS * frames / tokens, "what": what}
             rows.append({**row, **scores(*sums.tolist())})
     return rows
 
@@ -138,10 +144,10 @@ def firing_table(rows) -> str:
     """The rows of `firing` as Markdown."""
     cells = []
     for row in rows:
-        line = [f"{row['lam']:g}", f"{row['period_ms']:.0f}", row["what"]]
+        line = [f"{row['lam']:g}", f"{row['period_ms']:.1f}", row["what"]]
         line += [f"{row[score]:.3f}" for score in ("precision", "recall", "f1", "r_value")]
         cells.append(line)
-    header = ["λ", "ms / token", "tokens fire by", "precision", "recall", "F1", "R-value"]
+    header = ["λ", "ms / token", "fire times of", "precision", "recall", "F1", "R-value"]
     return table(header, cells)
 
 
@@ -153,7 +159,7 @@ def main():
     )
     add = parser.add_argument
     add("checkpoint", nargs="?", default="checkpoints/ofa-tiny.pt", help="encoder of pretrain.py")
-    add("out", nargs="?", default="results/firing.json", help="file for the table")
+    add("out", nargs="?", default="results/firing/ofa.json", help="file for the table")
     args = parser.parse_args()
     encoder = OFAEncoder.from_checkpoint(args.checkpoint)
     speech = load("asterisk").part("test")

@@ -2,7 +2,7 @@
 
     results/MODEL/*.json   a point each: one task, λ and seed (`make sweep` computes them anew)
     results/pretraining/   the tables that pretrain.py printed about the encoders
-    results/firing.json    what firing.py found
+    results/firing/        what firing.py found
 
     results/results.md     tables: the trade-off, once-for-all against its peers, the learned λ, …
     results/tradeoff.png   the metric over frame period and over cost, for CTC, seq2seq and pooling
@@ -38,7 +38,11 @@ TASKS = {
     "seq2seq": "translation (seq2seq)",
     "pool": "concepts (pooling)",
 }
-ENCODERS = {"ofa": "once-for-all", "ofa-one-lam": "once-for-all, one λ a step"}
+ENCODERS = {
+    "ofa": "once-for-all",
+    "segments": "once-for-all, segments",
+    "ofa-one-lam": "once-for-all, one λ a step",
+}
 PEERS = {
     "none": "no compression",
     "average2": "average of 2",
@@ -77,7 +81,7 @@ def load_points(folder) -> dict[Setting, list[dict]]:
     """
     points = {}
     for path in sorted(folder.glob("*/*.json")):
-        if path.parent.name == "pretraining":
+        if path.parent.name in ("pretraining", "firing"):
             continue
         point = read_point(path)
         config = point["config"]
@@ -464,13 +468,15 @@ def page(points, folder) -> str:
             "What pretrain.py printed about each encoder, on the test split.",
             pretraining_table(folder / "pretraining"),
         ]
-    if (folder / "firing.json").exists():
+    if (folder / "firing").exists():
         text += [
             "## Where tokens fire",
             "Agreement with pseudo-boundaries on held-out speech, "
             f"± {TOLERANCE_MS} ms (extras/firing.py).",
-            firing_table(read_rows(folder / "firing.json", "firing.py")),
         ]
+        for path in sorted((folder / "firing").glob("*.json")):
+            name = ENCODERS.get(path.stem, path.stem)
+            text += [f"### {name}", firing_table(read_rows(path, "firing.py"))]
     return "\n\n".join(text)
 
 

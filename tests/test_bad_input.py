@@ -181,7 +181,8 @@ def place(folder, tmp_path_factory):
         Path("of-cut").mkdir()
         Path("of-cut/checkpoint.pt").write_bytes(Path("run/checkpoint.pt").read_bytes()[:100_000])
         shutil.copytree(REPO / "results/average2", "with-firing/average2")
-        Path("with-firing/firing.json").write_text("[]")
+        Path("with-firing/firing").mkdir()
+        Path("with-firing/firing/ofa.json").write_text("[]")
     return place
 
 
@@ -605,7 +606,7 @@ ROWS = [
     (
         "results with a damaged table",
         "extras.results with-firing",
-        "with-firing/firing.json is no table of firing.py",
+        "with-firing/firing/ofa.json is no table of firing.py",
     ),
     # the Python API: the encoder
     ("an array", lambda: encoder(np.zeros((1, 800))), "waveforms is a ndarray, expected a tensor"),

@@ -63,11 +63,11 @@ def test_own_fire_times_as_boundaries(asterisk, encoder):
     for i in range(len(some)):
         out = encoder(some[i][None], lam=lam)
         ends.append(np.unique(np.append(out.fired.fire_times[0].numpy(), out.frames.item())))
-    learned, constant = firing(encoder, some, ends, [90])
-    assert learned["f1"] == pytest.approx(1)
-    assert learned["r_value"] == pytest.approx(1)
-    assert constant["f1"] < 0.95
-    assert learned["period_ms"] == constant["period_ms"] == pytest.approx(90, rel=0.1)
+    tokens, equal = firing(encoder, some, ends, [lam])
+    assert tokens["f1"] == pytest.approx(1)
+    assert tokens["r_value"] == pytest.approx(1)
+    assert equal["f1"] < 0.95
+    assert tokens["period_ms"] == equal["period_ms"] == pytest.approx(90, rel=0.1)
 
 
 def test_boundaries_of_real_speech(asterisk, encoder, tmp_path):
@@ -75,9 +75,9 @@ def test_boundaries_of_real_speech(asterisk, encoder, tmp_path):
     some = asterisk.part("test").subset(30)
     path = tmp_path / "ends.tsv"
     boundaries.segment(some, load_teacher("mfcc"), path)
-    learned, constant = firing(encoder, some, boundaries.read_boundaries(path, some), [90])
-    assert 0.2 < constant["f1"] < 0.7
-    assert 0.2 < learned["f1"] < 0.9
+    tokens, equal = firing(encoder, some, boundaries.read_boundaries(path, some), [1.0])
+    assert 0.2 < equal["f1"] < 0.7
+    assert 0.2 < tokens["f1"] < 0.9
 
 
 def test_table():

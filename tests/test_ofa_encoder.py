@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ofa_encoder
+from cif import cif
 from ofa_encoder import (
     COMPRESSIONS,
     CONSTANT_ALPHA,
@@ -24,8 +25,11 @@ from ofa_encoder import (
     cnn_features,
     frames_of,
     lam_from_period,
+    lock_to_ends,
     modify_alpha,
     period_from_lam,
+    segment_alpha,
+    segment_ends,
 )
 from parts.data import pad
 from parts.runs import save
@@ -112,6 +116,71 @@ def test_periods_by_hand():
     assert period_from_lam(1, 20 / 90) == pytest.approx(90)
     assert period_from_lam(1.5, 20 / 90) == pytest.approx(180)
     assert lam_from_period(50, 20 / 90) == pytest.approx((1 - 0.4) / (1 - 20 / 90))
+
+
+# Segments.
+
+
+def test_segments_end_at_peaks_by_hand():
+    """Frame 2 is a peak that is too low, 4 and 5 are one plateau, 7 is the last."""
+    probability = torch.tensor([[0.1, 0.3, 0.2, 0.8, 0.8, 0.1, 0.7, 0.9]])
+    ends = segment_ends(probability, torch.tensor([7]), 0.5)
+    assert ends.int().tolist() == [[0, 0, 0, 1, 0, 0, 1, 0]]
+    alpha = segment_alpha(ends)
+    torch.testing.assert_close(alpha, torch.tensor([[1 / 4] * 4 + [1 / 3] * 3 + [0]]).double())
+
+
+def test_lock_by_hand():
+    """The example of its docstring, and a part after the last place where the total has grown."""
+    weights = torch.tensor([[1.0, 0.4, 0.9, 0.6, 1.0, 0.3, 0.2]]).double()
+    ends = torch.tensor([[0, 1, 1, 1, 0, 1, 1]]).bool()
+    expected = torch.tensor([[1 / 1.4, 0.4 / 1.4, 1, 1, 1 / 1.5, 0.3 / 1.5, 0.2 / 1.5]]).double()
+    torch.testing.assert_close(lock_to_ends(weights, ends), expected)
+
+
+def random_ends(lengths):
+    """(1, S) bool: ends of segments of these lengths."""
+    ends = torch.zeros(1, sum(lengths), dtype=torch.bool)
+    ends[0, torch.tensor(lengths).cumsum(0) - 1] = True
+    return ends
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=40),
+    st.integers(1, 50),
+    st.one_of(st.floats(0, 1.99), st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0, 1.01, 1.5])),
+)
+def test_locked_tokens_end_where_segments_end(lengths, repeats, lam):
+    """In up to 2,000 segments. Up to λ = 1 a token ends wherever a segment does; beyond it, every
+    token ends with a segment. The number of tokens is the rounded total of α′."""
+    ends = random_ends(lengths * repeats)
+    weights = modify_alpha(segment_alpha(ends), lam)
+    total = weights.sum().item()
+    if total < 0.51:  # the encoder raises it before it locks
+        return
+    fired = cif(torch.zeros(1, ends.shape[1], 1), lock_to_ends(weights, ends))
+    assert abs(fired.lengths.item() - total) <= 0.5 + 1e-6
+    places = set((ends[0].nonzero()[:, 0] + 1).tolist())
+    times = fired.fire_times[0].tolist()
+    if lam <= 1:
+        met = {round(time) for time in times if abs(time - round(time)) < 1e-3}
+        assert places <= met
+    else:
+        assert {round(time) for time in times} <= places
+        assert max(abs(time - round(time)) for time in times) < 1e-3
+    # And no mass is dropped: all pieces belong to tokens, which are full.
+    assert fired.width.sum().item() == pytest.approx(fired.lengths.item(), abs=1e-6)
+
+
+def test_lam_has_the_slope_of_its_weights_under_the_lock():
+    """The factor is straight-through: d α′ / dλ is α - 1 up to λ = 1, times the factor."""
+    ends = random_ends([2, 5, 3])
+    lam = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    weights = modify_alpha(segment_alpha(ends), lam)
+    locked = lock_to_ends(weights, ends)
+    locked.sum().backward()
+    expected = ((segment_alpha(ends) - 1) * (locked / weights).detach()).sum()
+    assert lam.grad.item() == pytest.approx(expected.item())
 
 
 @torch.no_grad()
