@@ -15,9 +15,9 @@ that are too many. It is 1 for perfect agreement, and below 0 for far too many f
 
 The rows "equal spacing" fire equally often in each utterance, but at equal distances: what they
 lack is the knowledge of *where*. At 33 ms and ± 20 ms nearly every boundary is met by both, so look
-at λ = 1 and around it. The boundaries are found in held-out speech as those that taught α were found
-in training speech (parts/boundaries.py): they are changes in the teacher's frames, not marks of a
-phonetician.
+at λ = 1 and around it. The boundaries are found in held-out speech as those that taught α were
+found in training speech (parts/boundaries.py): they are changes in the teacher's frames, not marks
+of a phonetician.
 
 Source of the R-value: Räsänen, Laine and Altosaar, "An improved speech segmentation quality
 measure: the R-value", Interspeech 2009.
