@@ -423,7 +423,7 @@ def read_rows(name, folder, fold) -> list[Row]:
     return rows
 
 
-# 3. Metrics that finetune.score can't find by counting edits of symbols. Each takes two lists with
+# 3. Metrics that scores.py can't find by counting edits of symbols. Each takes two lists with
 # the symbols of each utterance, and returns a share: 1 is 100 %, and error rates may exceed it.
 
 

@@ -13,10 +13,10 @@ import torch
 
 import finetune
 from extras import predict
-from finetune import average_precision, guessing, score
 from ofa_encoder import PRESETS, OFAEncoder
 from parts.data import SPLITS
 from parts.runs import save
+from parts.scores import average_precision, guessing, score
 from parts.tasks import KINDS, Task, draw_splits, draw_splits_by_label, load_task
 
 REPO = Path(__file__).parent.parent

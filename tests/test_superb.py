@@ -16,9 +16,9 @@ import soundfile
 import torch
 
 import finetune
-from finetune import score
 from ofa_encoder import PRESETS, OFAEncoder
 from parts.runs import save
+from parts.scores import score
 from parts.superb import SUPERB, load_superb, slot_type_f1, slot_value_cer, spell, word_error_rate
 from parts.tasks import Task
 

@@ -1,0 +1,91 @@
+"""Scores: what a head's predictions are worth.
+
+    ctc, seq2seq   error rates of symbols (CER, PER, WER): edits per symbol of the target
+    pool           accuracy, or mAP where several labels may apply: mean average precision
+    SUPERB         slot-type F1 and others, in parts/superb.py
+
+All are in %. `guessing` says what a score is to be compared with.
+"""
+
+import numpy as np
+import torch
+from torchaudio.functional import edit_distance
+
+from parts.runs import HIGHER_IS_BETTER
+from parts.superb import SUPERB_METRICS
+from parts.tasks import Task
+
+
+def score(task: Task, predicted: list, targets: list, metric="") -> float:
+    """The task's metric, or another one that it has, in %.
+
+    predicted: what a head's `predict` returns, for each utterance symbol numbers (ctc, seq2seq) or
+    the scores of all labels (pool). targets: lists of symbol numbers, -1 for a symbol that train
+    does not have.
+    """
+    metric = metric or task.metric
+    if task.kind == "pool":
+        scores = torch.stack(predicted).numpy()  # (N, labels)
+        if metric == "accuracy":
+            return 100 * accuracy(scores, targets, task.groups)
+        return 100 * mean_average_precision(scores, targets)
+
+    if task.kind == "ctc" and metric in SUPERB_METRICS:  # these need the symbols, not their numbers
+        return 100 * SUPERB_METRICS[metric](
+            [to_symbols(task, numbers) for numbers in predicted],
+            [to_symbols(task, numbers) for numbers in targets],
+        )
+
+    # Error rates of symbols (CER, PER, WER): edits from prediction to target, per symbol of target.
+    edits = sum(edit_distance(p, t) for p, t in zip(predicted, targets))
+    return 100 * edits / sum(len(t) for t in targets)
+
+
+def to_symbols(task, numbers) -> list[str]:
+    """The symbols of these numbers; a null character, which no text has, for one not in train."""
+    return [task.symbols[number] if number >= 0 else "\0" for number in numbers]
+
+
+def accuracy(scores, targets, groups) -> float:
+    """Part of the utterances whose label scores highest: scores (N, labels), targets N lists.
+
+    With several questions, each has its own group of labels, and all must be answered right.
+    """
+    starts = np.cumsum([0, *groups[:-1]])  # the first label of each group
+    of_each_group = np.split(scores, starts[1:], 1)
+    answers = np.stack([group.argmax(1) for group in of_each_group], 1) + starts  # (N, groups)
+    return float(np.mean((answers == np.array(targets)).all(1)))
+
+
+def mean_average_precision(scores, targets) -> float:
+    """Mean of average_precision over the labels that occur: scores (N, labels), targets N lists."""
+    precisions = []
+    for label in range(scores.shape[1]):
+        wanted = np.array([label in labels for labels in targets])
+        if wanted.any():
+            precisions.append(average_precision(scores[:, label], wanted))
+    return float(np.mean(precisions))
+
+
+def average_precision(scores, wanted):
+    """Mean, over the wanted ones, of the precision among all that score at least as high.
+
+    scores (N,), wanted (N,) of bool.
+    """
+    as_high = scores >= scores[wanted][:, None]  # (wanted, all)
+    return ((as_high & wanted).sum(1) / as_high.sum(1)).mean()
+
+
+def guessing(task: Task, predicted: list, targets: list) -> float:
+    """The score that guessing reaches on these utterances.
+
+    The head's answers are dealt out among the utterances at random: they are as long and as
+    frequent as before, but whose they are is lost. A head that has learned only which answers are
+    common scores the same. Best of 20 deals.
+    """
+    random = np.random.default_rng(0)
+    scores = []
+    for _ in range(20):
+        order = random.permutation(len(predicted))
+        scores.append(score(task, [predicted[k] for k in order], targets))
+    return max(scores) if task.metric in HIGHER_IS_BETTER else min(scores)
