@@ -7,6 +7,11 @@ The encoder runs once at each λ, and its hidden states are kept. A head is trai
 validation split says stop, and tested as it was at its best epoch. So every rate gets a head of its
 own, trained to its plateau, and the curve over λ compares rates, not hours of training.
 
+Such a head serves no other rate. With --lam any, one head is trained for all of them, as the
+encoder was: at each step λ = 0 and two more, drawn from the shorter and the longer tokens. It is
+told how long each token is (heads.tell), and trained for a fixed number of epochs. Then it is
+tested at forty rates, from 20 ms to some 230, at most of which it has not been trained.
+
 Baselines get the same head, and other features in the encoder's place (--features). An utterance
 that λ makes too short for its text under CTC can't be transcribed in full: such utterances are
 counted (infeasible_test), and scored like any other. A score that is no better than guessing is
@@ -24,6 +29,8 @@ self-supervised speech models", ICASSP 2023.
     python finetune.py --task ctc --lam 0 0.5 1 --seeds 3 --out runs/ctc
     python finetune.py --task pool --data my.tsv --save-heads --out runs/mine
     python -m extras.predict runs/mine/pool-encoder-lam0-seed0.pt new.wav
+    python finetune.py --task pool --data my.tsv --lam any --save-heads --out runs/mine
+    python -m extras.predict runs/mine/pool-any-seed0.pt new.wav --ms 70
     python finetune.py --checkpoint runs/base/encoder.pt --task asr --head superb --data my/corpora
 """
 
@@ -44,7 +51,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ofa_encoder import OFAEncoder, check_lam
+from ofa_encoder import FRAME_MS, OFAEncoder, check_lam, period_from_lam
 from parts.cache import FEATURES, FrameCache, HiddenStateCache, TrainableSource, UnfrozenEncoder
 from parts.data import SPLITS
 from parts.heads import HEADS
@@ -68,6 +75,13 @@ BATCH = 16  # utterances in a step
 MAX_GRADIENT_NORM = 5.0
 WEIGHT_DECAY = 0.01
 
+# A head for any rate (--lam any):
+LAM_MAX = 1.6  # the largest λ it is trained at, as in pre-training
+LAMS_KEPT = 12  # values of λ whose hidden states are kept, and drawn in training
+LAMS_PER_STEP = 3
+RATES = 40  # it is tested at
+WARMUP = 0.1  # part of the steps over which the learning rate rises
+
 # Flags that are not in a point's configuration: they say where it is computed, not what. (λ and
 # the seed are put there one by one; --keep and --save-heads do not change the scores.)
 NOT_IN_CONFIG = {"lam", "seeds", "seed", "out", "root", "device", "keep", "save_heads"}
@@ -77,7 +91,8 @@ NOT_IN_CONFIG = {"lam", "seeds", "seed", "out", "root", "device", "keep", "save_
 
 
 def build_parser(
-    description="Train a head on the encoder at each λ and seed.", lam="each λ to train a head at"
+    description="Train a head on the encoder at each λ and seed.",
+    lam="each λ to train a head at; any: one head for all λ",
 ):
     """The parser of the flags; adaptive_lambda.py adds its own. lam: help for --lam."""
     parser = argparse.ArgumentParser(
@@ -103,7 +118,7 @@ def build_parser(
     add("--root", default="data", help="folder of the embedded corpus")
     add("--fold", type=int, choices=range(1, 6), default=1, help="IEMOCAP's test session, for er")
     add("--features", choices=FEATURES, default="encoder", help="the head's input, or a baseline's")
-    add("--lam", type=float, nargs="+", default=[0.0], help=lam)
+    add("--lam", type=lam_or_any, nargs="+", default=[0.0], help=lam)
     add("--seeds", type=int, default=1, help="heads for each λ")
     add("--seed", type=int, default=0, help="of the first of them; the next ones count up")
     add(
@@ -122,7 +137,7 @@ def build_parser(
     add("--symbols-per-token", type=int, default=1, help="symbols that a token may emit under CTC")
     add("--ctc-weight", type=float, default=0.3, help="part of a joint CTC loss in seq2seq, 0 to 1")
     add("--beam", type=int, default=1, help="hypotheses of seq2seq; 1: greedy")
-    add("--epochs", type=int, default=120, help="at most")
+    add("--epochs", type=int, help="at most; default 120, and 60, all of them, for --lam any")
     add(
         "--patience",
         type=int,
@@ -147,11 +162,24 @@ def build_parser(
     return parser
 
 
+def lam_or_any(text):
+    """A value of --lam."""
+    return text if text == "any" else float(text)
+
+
 def check(args):
     """Refuse flags that can't be met, by ValueError, before any work.
 
-    Settles the data, whose default depends on the task, and the device.
+    Settles the data, whose default depends on the task, the epochs and the device.
     """
+    any_rate = "any" in args.lam
+    if args.epochs is None:
+        args.epochs = 60 if any_rate else 120
+    if any_rate and (len(args.lam) > 1 or args.unfreeze or args.features != "encoder"):
+        raise ValueError(
+            "--lam any trains one head for all λ of a frozen encoder: "
+            "it goes without further λ, --unfreeze and --features"
+        )
     if not args.data:
         args.data = args.root if args.task in SUPERB else "asterisk"
     device = pick_device(args.device)
@@ -159,7 +187,8 @@ def check(args):
     args.device = device.type
 
     for lam in args.lam:
-        check_lam(lam)
+        if not any_rate:
+            check_lam(lam)
     if args.features in ("logmel", "deaf"):
         if any(args.lam):
             raise ValueError(f"--lam is for the encoder; --features {args.features} has no λ")
@@ -186,7 +215,7 @@ class Lesson:
     task: Task
     targets: list[list[int]]  # symbol numbers of each utterance; -1: a symbol not in train
     order: dict[str, list[int]]  # the utterances of each split, by length
-    source: HiddenStateCache | TrainableSource  # of hidden states
+    sources: list  # of hidden states: one, or for a head of any rate one for each λ, from 0 on
     trainable: TrainableSource  # the source, or an empty one if nothing in it is trained
     head: nn.Module
     model: nn.Module  # all that is trained: head and trainable
@@ -195,6 +224,14 @@ class Lesson:
         """Utterances of similar length, BATCH at a time."""
         order = self.order[split]
         return [order[k : k + BATCH] for k in range(0, len(order), BATCH)]
+
+    def draw(self, random) -> list:
+        """The sources of a step. Of several, the first, at λ = 0, and one from each half of the
+        others: the same as the λ of a step in pretrain.py."""
+        if len(self.sources) == 1:
+            return self.sources
+        halves = np.array_split(np.arange(1, len(self.sources)), LAMS_PER_STEP - 1)
+        return [self.sources[0], *(self.sources[random.choice(half)] for half in halves)]
 
 
 class Measured(NamedTuple):
@@ -238,7 +275,7 @@ def train(args, task: Task, source: HiddenStateCache | TrainableSource, seed):
     FloatingPointError if a gradient is not finite.
     """
     torch.manual_seed(seed)
-    lesson = make_lesson(args, task, source)
+    lesson = make_lesson(args, task, [source])
     optimizer, schedule = make_optimizer(args, lesson)
     random = np.random.default_rng(seed)  # of the order of batches
     progress = Progress()
@@ -249,7 +286,7 @@ def train(args, task: Task, source: HiddenStateCache | TrainableSource, seed):
             train_loss = train_epoch(args, lesson, optimizer, random)
         except FloatingPointError as error:
             raise FloatingPointError(f"seed {seed}, epoch {epoch + 1}: {error}") from None
-        valid = measure(lesson, "valid")
+        valid = measure(lesson, "valid", source)
         watched = lesson.trainable.watch()  # λ, if it is learned
         losses = {"train_loss": train_loss, "valid_loss": valid.loss, "valid": valid.score}
         history.append({**losses, **watched})
@@ -270,7 +307,7 @@ def train(args, task: Task, source: HiddenStateCache | TrainableSource, seed):
     else:
         lesson.model.load_state_dict(progress.weights)
     point = {
-        **final_test(lesson),
+        **final_test(lesson, source),
         "valid": best,
         "epochs": epoch + 1,
         "best_epoch": best_epoch + 1,
@@ -280,7 +317,34 @@ def train(args, task: Task, source: HiddenStateCache | TrainableSource, seed):
     return point, lesson.head
 
 
-def make_lesson(args, task, source) -> Lesson:
+def train_any(args, task: Task, sources: list[HiddenStateCache], seed):
+    """Train a head on the hidden states of all sources, of rising λ from 0 on, for --epochs.
+
+    Returns the mean training loss of each epoch, and the lesson, whose head is trained.
+    """
+    torch.manual_seed(seed)
+    lesson = make_lesson(args, task, sources)
+    optimizer, _ = make_optimizer(args, lesson)
+    # No single rate can say when to stop. So the learning rate rises and falls once, and all
+    # epochs are used.
+    steps = args.epochs * len(lesson.batches("train"))
+    rise = max(1, WARMUP * steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise), 1)
+    )
+    random = np.random.default_rng(seed)  # of the order of batches, and of λ
+    losses = []
+    bar = tqdm(range(args.epochs), desc=f"seed {seed}", unit=" epochs", leave=False)
+    for epoch in bar:
+        try:
+            losses.append(train_epoch(args, lesson, optimizer, random, schedule))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"seed {seed}, epoch {epoch + 1}: {error}") from None
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+    return losses, lesson
+
+
+def make_lesson(args, task, sources) -> Lesson:
     """A new head, and all that it is trained with."""
     number = {symbol: k for k, symbol in enumerate(task.symbols)}
     targets = []
@@ -295,14 +359,16 @@ def make_lesson(args, task, source) -> Lesson:
     order = {split: sorted(task.indices(split), key=samples) for split in SPLITS}
 
     # Some dimensions of an encoder hardly move around a large mean. The head starts with mean 0 and
-    # variance 1 in each, over the tokens of this encoder at this λ.
+    # variance 1 in each, over the tokens of this encoder at this λ, or at all of them.
+    source = sources[0]
     trainable = source if isinstance(source, TrainableSource) else TrainableSource()
     trainable.eval()
-    sample = sample_states(task, source)
-    head = build_head(args, task, sample.shape[0], sample.shape[2]).to(args.device)
+    sample = torch.cat([sample_states(task, source) for source in sources], 1)
+    told = len(sources) > 1
+    head = build_head(args, task, sample.shape[0], sample.shape[2] - told, told).to(args.device)
     head.mix.standardise(sample)
     model = nn.ModuleList([head, trainable])
-    return Lesson(task, targets, order, source, trainable, head, model)
+    return Lesson(task, targets, order, sources, trainable, head, model)
 
 
 @torch.no_grad()
@@ -317,9 +383,10 @@ def sample_states(task, source):
     return torch.cat(rows, 1)
 
 
-def build_head(args, task, layers, dim):
-    """A new head for the task. layers (L + 1), dim (D): of the hidden states."""
-    sizes = {"layers": layers, "dim": dim, "symbols": len(task.symbols)}
+def build_head(args, task, layers, dim, told):
+    """A new head for the task. layers (L + 1), dim (D): of the hidden states; told: whether they
+    carry the durations of tokens."""
+    sizes = {"layers": layers, "dim": dim, "symbols": len(task.symbols), "told": told}
     if task.kind == "ctc":
         sizes |= {"shape": args.head, "symbols_per_token": args.symbols_per_token}
     elif task.kind == "seq2seq":
@@ -345,17 +412,21 @@ def make_optimizer(args, lesson):
     return optimizer, schedule
 
 
-def train_epoch(args, lesson, optimizer, random) -> float:
-    """One pass over the training split; returns its mean loss."""
+def train_epoch(args, lesson, optimizer, random, schedule=None) -> float:
+    """One pass over the training split; returns its mean loss. schedule: of each step, if any."""
     bf16 = use_bf16(args, torch.device(args.device))
     lesson.model.train()
     batches = lesson.batches("train")
     mean_loss = 0.0
     for k in random.permutation(len(batches)):
         batch = batches[k]
+        wanted = [lesson.targets[i] for i in batch]
+        sources = lesson.draw(random)
+        loss = 0.0
         with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
-            states, lengths = lesson.source(batch)
-            loss = lesson.head.loss(states, lengths, [lesson.targets[i] for i in batch])
+            for source in sources:
+                states, lengths = source(batch)
+                loss = loss + lesson.head.loss(states, lengths, wanted) / len(sources)
             loss = loss + lesson.trainable.cost  # the price of tokens, if λ is learned
         optimizer.zero_grad()
         loss.backward()
@@ -368,20 +439,22 @@ def train_epoch(args, lesson, optimizer, random) -> float:
                 f"loss {loss.item()}, gradient {norm.item()}, utterances {ids}; try a smaller --lr"
             )
         optimizer.step()
+        if schedule:
+            schedule.step()
         mean_loss += loss.item() / len(batches)
     return mean_loss
 
 
 @torch.no_grad()
-def measure(lesson, split) -> Measured:
-    """Loss, score and predictions on a split, as the head is now."""
+def measure(lesson, split, source) -> Measured:
+    """Loss, score and predictions on a split, as the head is now, on the source's hidden states."""
     lesson.model.eval()
     loss = 0.0
     infeasible = 0
     predicted = []
     targets = []
     for batch in lesson.batches(split):
-        states, lengths = lesson.source(batch)
+        states, lengths = source(batch)
         wanted = [lesson.targets[i] for i in batch]
 
         # The head has no output for symbols that train lacks: its loss is over the others, but in
@@ -397,10 +470,10 @@ def measure(lesson, split) -> Measured:
 
 
 @torch.no_grad()
-def final_test(lesson) -> dict:
+def final_test(lesson, source) -> dict:
     """The part of a point that says how the trained head does on the test split."""
     task = lesson.task
-    measured = measure(lesson, "test")
+    measured = measure(lesson, "test", source)
     targets = [lesson.targets[i] for i in lesson.order["test"]]
     point = {"metric": task.metric, "test": measured.score}
     if task.second:
@@ -411,7 +484,7 @@ def final_test(lesson) -> dict:
     infeasible_train = 0
     if task.kind == "ctc":
         for batch in lesson.batches("train"):
-            _, lengths = lesson.source(batch)
+            _, lengths = source(batch)
             infeasible_train += lesson.head.infeasible(lengths, [lesson.targets[i] for i in batch])
     point["infeasible_test"] = measured.infeasible
     point["infeasible_train"] = infeasible_train
@@ -426,6 +499,26 @@ def final_test(lesson) -> dict:
             predicted = between.join(task.symbols[s] for s in numbers)
             point["examples"].append({"wanted": wanted, "predicted": predicted})
     return point
+
+
+def test_at_all_rates(lesson, sources) -> list[dict]:
+    """How the trained head does at each source's rate: a row for each."""
+    rows = []
+    for source in tqdm(sources, desc="rates", leave=False):
+        valid = measure(lesson, "valid", source)
+        test = measure(lesson, "test", source)
+        rows.append(
+            {
+                "lam": source.lam,
+                "frame_period_ms": source.period_ms,
+                "transformer_gflops_per_s": source.gflops,
+                "valid_loss": valid.loss,
+                "valid": valid.score,
+                "test": test.score,
+                "infeasible_test": test.infeasible,
+            }
+        )
+    return rows
 
 
 def separator(task) -> str:
@@ -455,7 +548,7 @@ def prepare(args):
     config["data_sha1"] = short_sha1(args.data) if Path(args.data).is_file() else None
 
     if encoder:
-        if encoder.config.compression != "cif" and any(args.lam):
+        if encoder.config.compression != "cif" and any(args.lam):  # a λ over 0, or "any"
             raise ValueError(
                 f"{args.checkpoint} has one fixed rate ({encoder.config.compression}): "
                 "leave --lam at 0"
@@ -496,11 +589,8 @@ def unfinished(args, config, stem) -> dict:
     return todo
 
 
-def main():
-    parser = build_parser()
-    args = parser.parse_args()
-    check(args)
-    encoder, task, config = prepare(args)
+def points_of_each_lam(parser, args, encoder, task, config):
+    """A head for each λ and seed."""
     in_memory = args.keep == "memory"
     frames = None
     for lam in args.lam if encoder else [0.0]:
@@ -547,6 +637,67 @@ def main():
                 f"test {task.metric} {point['test']:.1f} %, best of {point['epochs']} epochs, "
                 f"{time.time() - started:.0f} s{too_short}{warning(point)}"
             )
+
+
+def points_of_any_lam(parser, args, encoder, task, config):
+    """A head for all λ, for each seed."""
+    todo = unfinished(args, {**config, "lam": "any"}, f"{args.task}-any")
+    if not todo:
+        return
+    began = time.time()
+    in_memory = args.keep == "memory"
+    frames = FrameCache(task.speech, encoder, args.device, in_memory)
+
+    def states_at(lam, keep):
+        return HiddenStateCache(
+            task.speech, args.features, encoder, lam, args.device, frames, keep, told=True
+        )
+
+    # Twelve λ to learn at, equally far apart, and forty to be tested at, whose frame periods rise
+    # by equal factors.
+    learned = [states_at(lam, in_memory) for lam in np.linspace(0, LAM_MAX, LAMS_KEPT)]
+    prepare_s = time.time() - began
+    longest = period_from_lam(LAM_MAX, encoder.mean_alpha.item())
+    tested = [
+        states_at(encoder.lam_for(period), False)
+        for period in np.geomspace(FRAME_MS, longest, RATES)
+    ]
+    for seed, path in todo.items():
+        started = time.time()
+        losses, lesson = train_any(args, task, learned, seed)
+        train_s = prepare_s + time.time() - started
+        if args.save_heads:
+            save_head(path.with_suffix(".pt"), lesson.head, encoder, "any", task)
+        rows = test_at_all_rates(lesson, tested)
+        point = {
+            "config": {**config, "lam": "any", "seed": seed},
+            "command": command("finetune.py", parser, args, "any", seed),
+            **final_test(lesson, tested[0]),  # at λ = 0; all rates are in the rows
+            "valid": rows[0]["valid"],
+            "rows": rows,
+            "epochs": args.epochs,
+            "history": losses,
+            **cost_of(tested[0], frames),
+            "train_s": train_s,
+        }
+        save_point(path, point)
+        shown = [min(rows, key=lambda row: abs(row["frame_period_ms"] - ms)) for ms in (20, 50, 90)]
+        scores = [f"{row['test']:.1f} % at {row['frame_period_ms']:.0f} ms" for row in shown]
+        print(
+            f"any λ, seed {seed}: test {task.metric} {', '.join(scores)}; "
+            f"{train_s:.0f} s of training{warning(point)}"
+        )
+
+
+def main():
+    parser = build_parser()
+    args = parser.parse_args()
+    check(args)
+    encoder, task, config = prepare(args)
+    if "any" in args.lam:
+        points_of_any_lam(parser, args, encoder, task, config)
+    else:
+        points_of_each_lam(parser, args, encoder, task, config)
 
 
 if __name__ == "__main__":

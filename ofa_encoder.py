@@ -294,6 +294,12 @@ class Encoded(NamedTuple):
     fired: Fired  # what CIF did: fire_times to plot, what expand needs, and α′ as fired.alpha
     frames: Tensor  # (B,) int64, number of frames of 20 ms, before compression
 
+    def durations(self) -> Tensor:
+        """How long each token is, in frames, from the fire before it to its own: (B, T), zero past
+        an utterance's number of tokens."""
+        times = self.fired.fire_times  # (B, T)
+        return times.diff(dim=1, prepend=times.new_zeros(len(times), 1)).clamp(min=0)
+
     def frame_period(self) -> float:
         """Mean frame period in ms over the batch."""
         return FRAME_MS * self.frames.sum().item() / self.lengths.sum().item()

@@ -3,9 +3,14 @@
     python finetune.py --task pool --data my.tsv --lam 0.5 --save-heads --out runs/mine
     python -m extras.predict runs/mine/pool-encoder-lam0.5-seed0.pt new.wav another.flac
 
-The file of the head also holds its encoder and λ, and what its symbols stand for. A text is spelt
-out. Of labels, the most probable one is given, or that of each question; where several may apply,
-all those with a probability over one half.
+    python finetune.py --task pool --data my.tsv --lam any --save-heads --out runs/mine
+    python -m extras.predict runs/mine/pool-any-seed0.pt --ms 70 new.wav another.flac
+
+The file of the head also holds its encoder and λ, and what its symbols stand for. A head that was
+trained for any λ takes one by --lam, or a frame period by --ms; without them, λ = 0.
+
+A text is spelt out. Of labels, the most probable one is given, or that of each question; where
+several may apply, all those with a probability over one half.
 
 A file that can't be read is named, the others are done, and the exit status is 1.
 """
@@ -15,9 +20,9 @@ import sys
 
 import torch
 
-from ofa_encoder import OFAEncoder, load_checkpoint
+from ofa_encoder import OFAEncoder, check_lam, load_checkpoint
 from parts.data import read_sound
-from parts.heads import HEADS
+from parts.heads import HEADS, tell
 
 
 def load_head(path):
@@ -39,6 +44,24 @@ def load_head(path):
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error!r:.200})") from None
     return encoder, head.eval(), how
+
+
+def choose_lam(args, encoder, trained) -> float:
+    """The λ to encode at. trained: the λ of the head, or "any".
+
+    Raises ValueError if the head does not serve the one that is asked for.
+    """
+    if args.lam is not None and args.ms is not None:
+        raise ValueError("--lam and --ms say the same: give one of them")
+    lam = encoder.lam_for(args.ms) if args.ms is not None else args.lam
+    if trained == "any":
+        return check_lam(lam or 0.0)
+    if lam is not None:
+        raise ValueError(
+            f"{args.head} was trained at λ = {trained:g} and serves no other: leave out --lam and "
+            "--ms, or train a head by finetune.py --lam any"
+        )
+    return trained
 
 
 def spell(answer, head, how) -> str:
@@ -67,13 +90,16 @@ def main():
         "head", nargs="?", help="a .pt that finetune.py --save-heads left beside a point"
     )
     parser.add_argument("files", nargs="*", help="sound files")
-    args = parser.parse_args()
+    parser.add_argument("--lam", type=float, help="λ for a head of any rate")
+    parser.add_argument("--ms", type=float, help="frame period in ms for a head of any rate")
+    args = parser.parse_intermixed_args()  # flags may stand between HEAD and FILE
     if not args.files:
         raise ValueError(
             "train a head with `python finetune.py --save-heads`, "
             "then `python -m extras.predict HEAD.pt FILE ...`"
         )
     encoder, head, how = load_head(args.head)
+    lam = choose_lam(args, encoder, how["lam"])
     failed = False
     for file in args.files:
         try:
@@ -83,8 +109,11 @@ def main():
             failed = True
             continue
         with torch.no_grad():
-            out = encoder(waveform[None], lam=how["lam"])
-            (answer,) = head.predict(torch.stack(out.hidden_states, 1), out.lengths)
+            out = encoder(waveform[None], lam=lam)
+            states = torch.stack(out.hidden_states, 1)  # (1, L + 1, T, D)
+            if how["lam"] == "any":
+                states = tell(states, out.durations())
+            (answer,) = head.predict(states, out.lengths)
         print(f"{file}: {spell(answer, head, how)}")
     if failed:
         sys.exit(1)

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from ofa_encoder import FRAME_MS, SAMPLE_RATE, frames_of, transformer_gflops
 from parts.data import Speech, by_length, pad
+from parts.heads import tell
 
 FEATURES = ("encoder", "random", "logmel", "deaf")
 
@@ -72,11 +73,20 @@ class HiddenStateCache:
     states(indices) returns what the head gets, see the top of this file. keep: as of FrameCache;
     without it the cost is measured on a sample of the utterances.
 
-    features: one of FEATURES; encoder, frames: None for logmel and deaf.
+    features: one of FEATURES; encoder, frames: None for logmel and deaf. told: the hidden states
+    carry the durations of tokens (heads.tell).
     """
 
     def __init__(
-        self, speech: Speech, features, encoder, lam, device, frames: FrameCache | None, keep=True
+        self,
+        speech: Speech,
+        features,
+        encoder,
+        lam,
+        device,
+        frames: FrameCache | None,
+        keep=True,
+        told=False,
     ):
         self.speech = speech
         self.features = features
@@ -84,6 +94,7 @@ class HiddenStateCache:
         self.lam = lam
         self.device = device
         self.frames = frames
+        self.told = told
         self.kept = {}  # utterance: its hidden states (L + 1, T, D)
         self.tokens = 0  # of all utterances, or of the sample
 
@@ -119,7 +130,10 @@ class HiddenStateCache:
         if self.encoder:
             x, frames = self.frames(indices)
             out = self.encoder.encode(x, frames, self.lam)
-            return torch.stack(out.hidden_states, 1), out.lengths
+            states = torch.stack(out.hidden_states, 1)  # (B, L + 1, T, D)
+            if self.told:
+                states = tell(states, out.durations())
+            return states, out.lengths
         if self.features == "logmel":
             return self.stack([log_mel(self.speech[i])[None] for i in indices])
         return self.stack([torch.zeros(1, 1, 8) for _ in indices])

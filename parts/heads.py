@@ -24,6 +24,8 @@ Heads read tokens, however few, so they need no `expand`: only distillation comp
 with a teacher frame by frame. CTC alone depends on the rate, since it can't emit more symbols than
 there are tokens (times symbols_per_token): `infeasible` counts the utterances that are too short.
 
+A head that is to serve any rate is told how long each token is (told=True): see `tell`.
+
 A new head is a class here and an entry in HEADS, under the kind of task (tasks.py) it is for. The
 one other place is finetune.build_head, which sets its options.
 
@@ -54,32 +56,56 @@ CTC_SHAPES = {  # width, and how many BiLSTMs of that width in each direction
 # 1. What several heads are built from.
 
 
+def tell(hidden, durations) -> Tensor:
+    """Hidden states (B, L + 1, T, D) with one more number each, (B, L + 1, T, D + 1), that tells
+    a head how long the token is: ln(duration in frames), which is 0 at λ = 0.
+
+    durations (B, T): of the tokens, in frames, as Encoded.durations returns them.
+    """
+    told = durations.clamp(min=0.1).log()[:, None, :, None]  # (B, 1, T, 1)
+    return torch.cat([hidden, told.expand(-1, hidden.shape[1], -1, -1).to(hidden)], 3)
+
+
 class Mix(nn.Module):
     """Weighted sum of the standardised hidden states, projected: (B, L + 1, T, D) -> (B, T, width).
 
-    layers: how many hidden states there are, L + 1; dim: their size D.
+    layers: how many hidden states there are, L + 1; dim: their size D. told: they carry one more
+    number, that of `tell`, by which each channel of the result is scaled and shifted (FiLM, Perez
+    et al., AAAI 2018). So one head can serve tokens of any length.
     """
 
-    def __init__(self, layers, dim, width):
+    def __init__(self, layers, dim, width, told=False):
         super().__init__()
         self.register_buffer("mean", torch.zeros(layers, 1, dim))
         self.register_buffer("std", torch.ones(layers, 1, dim))
         self.weights = nn.Parameter(torch.zeros(layers))
         self.project = nn.Linear(dim, width)
+        self.told = None
+        if told:
+            self.told = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 2 * width))
+            nn.init.zeros_(self.told[2].weight)  # at first it changes nothing
+            nn.init.zeros_(self.told[2].bias)
 
     def standardise(self, rows):
-        """Take mean and standard deviation of each dimension from rows (L + 1, tokens, D).
+        """Take mean and standard deviation of each dimension from rows (L + 1, tokens, D), or D + 1
+        if they carry what the head is told.
 
         Some of an encoder's dimensions vary little around a large mean. A head would spend its
         first epochs on learning to subtract it.
         """
+        rows = rows[:, :, : self.mean.shape[2]]
         self.mean.copy_(rows.mean(1, keepdim=True))
         self.std.copy_(rows.std(1, keepdim=True, unbiased=False) + 1e-5)
 
     def forward(self, hidden):
-        standard = (hidden - self.mean) / self.std
+        told = hidden[:, 0, :, self.mean.shape[2] :]  # (B, T, 1), or without it (B, T, 0)
+        standard = (hidden[:, :, :, : self.mean.shape[2]] - self.mean) / self.std
         mixed = torch.einsum("l,bltd->btd", self.weights.softmax(0), standard)  # (B, T, D)
-        return self.project(mixed)
+        x = self.project(mixed)
+        if self.told:
+            scale, shift = self.told(told).chunk(2, 2)  # (B, T, width) each
+            x = x * (1 + scale) + shift
+        return x
 
 
 def reverse(x, lengths) -> Tensor:
@@ -153,11 +179,11 @@ class CTCHead(nn.Module):
 
     BLANK = 0  # the symbols follow it, so symbol s of a text has number s + 1 inside this class
 
-    def __init__(self, layers, dim, symbols: int, shape="blstm", symbols_per_token=1):
+    def __init__(self, layers, dim, symbols: int, shape="blstm", symbols_per_token=1, told=False):
         super().__init__()
         width, depth = CTC_SHAPES[shape]
         self.symbols_per_token = symbols_per_token
-        self.mix = Mix(layers, dim, width)
+        self.mix = Mix(layers, dim, width, told)
         self.lstms = nn.ModuleList()
         size = width
         for _ in range(depth):
@@ -216,14 +242,16 @@ class Seq2SeqHead(nn.Module):
     DEPTH = 2  # layers of the decoder
     ATTENTION_HEADS = 4
 
-    def __init__(self, layers, dim, symbols: int, ctc_weight=0.0, beam=1, max_symbols=30):
+    def __init__(
+        self, layers, dim, symbols: int, ctc_weight=0.0, beam=1, max_symbols=30, told=False
+    ):
         super().__init__()
         width = self.WIDTH
         self.end = symbols
         self.ctc_weight = ctc_weight
         self.beam = beam
         self.max_symbols = max_symbols
-        self.mix = Mix(layers, dim, width)
+        self.mix = Mix(layers, dim, width, told)
         self.lstm = BiLSTM(width, width)
         self.join = nn.Linear(2 * width, width)
         self.embed = nn.Embedding(symbols + 1, width)
@@ -330,11 +358,11 @@ class PoolHead(nn.Module):
 
     WIDTH = 256
 
-    def __init__(self, layers, dim, symbols: int, multi_label=False, groups=()):
+    def __init__(self, layers, dim, symbols: int, multi_label=False, groups=(), told=False):
         super().__init__()
         self.multi_label = multi_label
         self.groups = list(groups) or [symbols]
-        self.mix = Mix(layers, dim, self.WIDTH)
+        self.mix = Mix(layers, dim, self.WIDTH, told)
         self.dropout = nn.Dropout(DROPOUT)
         self.out = nn.Linear(self.WIDTH, symbols)
 

@@ -422,6 +422,15 @@ ROWS = [
     ("an unknown task", "finetune.py --task dance", "argument --task: invalid choice: 'dance'"),
     ("a head at λ = 2.5", "finetune.py --lam 0 2.5", "λ is 2.5"),
     ("a head at λ = nan", "finetune.py --lam nan", "λ is nan"),
+    ("any λ and one", "finetune.py --lam any 0.5", "goes without further λ"),
+    ("any λ of log-mels", "finetune.py --lam any --features logmel", "--features"),
+    ("any λ, unfrozen", "finetune.py --lam any --unfreeze", "--unfreeze"),
+    ("λ is a word", "finetune.py --lam some", "invalid lam_or_any value: 'some'"),
+    (
+        "any λ of an encoder of one rate",
+        "finetune.py --checkpoint fixed.pt --lam any",
+        "fixed.pt has one fixed rate",
+    ),
     ("λ for log-mels", "finetune.py --features logmel --lam 0 0.5", "--features logmel has no λ"),
     (
         "λ for an encoder of one rate",

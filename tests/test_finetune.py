@@ -358,6 +358,79 @@ def test_the_cost_of_an_unfrozen_encoder_is_its_own(run):
     assert abs(unfrozen["frame_period_ms"] - frozen["frame_period_ms"]) > 1
 
 
+# One head for any rate.
+
+
+class Noted:
+    """A source that notes when it is asked."""
+
+    def __init__(self, name):
+        self.name = name
+
+
+def test_a_step_takes_lam_0_and_one_of_each_half():
+    sources = [Noted(k) for k in range(12)]
+    lesson = finetune.Lesson(None, [], {}, sources, None, None, None)
+    random = np.random.default_rng(0)
+    drawn = np.array([[source.name for source in lesson.draw(random)] for _ in range(500)])
+    assert (drawn[:, 0] == 0).all()
+    assert set(drawn[:, 1]) == {1, 2, 3, 4, 5, 6}
+    assert set(drawn[:, 2]) == {7, 8, 9, 10, 11}
+
+
+def test_one_head_for_any_rate(run, run_predict, tested, monkeypatch, capsys):
+    """It tells two languages apart at every rate, and its file serves rates that are none of those
+    it was tested at."""
+    monkeypatch.setattr(finetune, "LAMS_KEPT", 5)
+    monkeypatch.setattr(finetune, "RATES", 12)
+    flags = ("--checkpoint", OFA_TINY, "--task", "pool", "--lam", "any", "--epochs", "15")
+    run(*flags, "--save-heads", "--keep", "nothing")
+    (point,) = points()
+    rows = point["rows"]
+    periods = np.array([row["frame_period_ms"] for row in rows])
+    assert len(rows) == 12
+    assert periods[0] == 20
+    assert 180 < periods[-1] < 280
+    assert (np.diff(periods) > -1).all()  # each of so few utterances has whole tokens
+    assert np.mean([row["test"] for row in rows]) >= 85
+    assert point["test"] == rows[0]["test"]
+    assert point["config"]["lam"] == "any"
+
+    # The same answers as in the test, at the rate of one of its rows, by λ or by milliseconds.
+    head = "out/pool-any-seed0.pt"
+    for row in (rows[0], rows[6]):
+        lines = run_predict(head, *tested, "--lam", str(row["lam"]))
+        assert share_right(lines, tested) == pytest.approx(row["test"])
+    assert run_predict(head, *tested) == run_predict(head, "--ms", "20", *tested)
+    assert share_right(run_predict(head, "--ms", "77", *tested), tested) >= 80
+    with pytest.raises(ValueError, match="can't be had"):
+        run_predict(head, "--ms", "5", *tested)
+    with pytest.raises(ValueError, match="give one of them"):
+        run_predict(head, "--ms", "50", "--lam", "0.5", *tested)
+
+    run(*flags)
+    assert "is there: test accuracy" in capsys.readouterr().out
+
+
+def share_right(lines, tested) -> float:
+    """How many of the labels that were predicted are right, in %."""
+    right = 0
+    for line, (path, (_, label)) in zip(lines, tested.items(), strict=True):
+        answer, _ = line.removeprefix(f"{path}: ").split()
+        right += answer == label
+    return 100 * right / len(tested)
+
+
+@pytest.mark.parametrize("task", ["ctc", "seq2seq"])
+def test_every_kind_of_head_serves_any_rate(run, run_predict, tested, monkeypatch, task):
+    monkeypatch.setattr(finetune, "LAMS_KEPT", 3)
+    monkeypatch.setattr(finetune, "RATES", 3)
+    run("--task", task, "--lam", "any", "--save-heads")
+    (point,) = points()
+    assert len(point["rows"]) == 3
+    assert len(run_predict(f"out/{task}-any-seed0.pt", "--ms", "60", *tested)) == len(tested)
+
+
 # Heads that are kept, for extras/predict.py.
 
 # Kept in memory, hidden states are in half precision, and an answer might differ by a symbol.
@@ -375,15 +448,15 @@ def tested(spoken):
 def test_a_kept_head_labels_files_as_in_the_test(run, run_predict, tested):
     run(*KEEP_HEAD, "--task", "pool")
     (point,) = points()
-    lines = run_predict("out/pool-encoder-lam0.3-seed0.pt", *tested)
-    assert len(lines) == len(tested)
-    right = 0
-    for line, (path, (_, label)) in zip(lines, tested.items()):
-        answer, probability = line.removeprefix(f"{path}: ").split()
-        right += answer == label
+    head = "out/pool-encoder-lam0.3-seed0.pt"
+    lines = run_predict(head, *tested)
+    for line in lines:
+        probability = line.split()[-1]
         assert 50 <= int(probability.strip("(%)")) <= 100  # of two labels, the likelier one
-    assert 100 * right / len(tested) == pytest.approx(point["test"])
+    assert share_right(lines, tested) == pytest.approx(point["test"])
     assert point["test"] > 60
+    with pytest.raises(ValueError, match="was trained at λ = 0.3 and serves no other"):
+        run_predict(head, "--ms", "50", *tested)
 
 
 @pytest.mark.parametrize(

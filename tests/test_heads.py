@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from parts.heads import HEADS, BiLSTM, CTCHead, PoolHead, Seq2SeqHead, emissions, sinusoids
+from parts.heads import HEADS, BiLSTM, CTCHead, PoolHead, Seq2SeqHead, emissions, sinusoids, tell
 
 # Every head as it comes, and with the options that change what it computes.
 VARIANTS = [
@@ -60,6 +60,27 @@ def test_hidden_states_are_standardised():
     standard = (rows - mix.mean) / mix.std
     torch.testing.assert_close(standard.mean(1), torch.zeros(3, 8), atol=1e-4, rtol=0)
     torch.testing.assert_close(standard.var(1, unbiased=False), torch.ones(3, 8))
+
+
+def test_a_head_is_told_how_long_tokens_are():
+    """Each channel is scaled and shifted by what one more number says, which is 0 for a frame."""
+    mix = make("pool", {"told": True}).mix
+    x = hidden()
+    frame, longer = torch.ones(2, 7), torch.full((2, 7), math.e)
+    assert tell(x, frame)[..., -1].abs().max() == 0
+    torch.testing.assert_close(tell(x, longer)[..., -1], torch.ones(2, 3, 7))
+    torch.testing.assert_close(tell(x, longer)[..., :-1], x)
+    assert tell(x, torch.zeros(2, 7)).isfinite().all()  # padding has no length
+    torch.testing.assert_close(mix(tell(x, frame)), mix(tell(x, longer)))  # before it has learned
+
+    torch.nn.init.normal_(mix.told[2].weight)
+    plain = mix(tell(x, frame))
+    other = mix(tell(x, longer))
+    slope = (other[:, 1:] - other[:, :-1]) / (plain[:, 1:] - plain[:, :-1])  # (B, T - 1, width)
+    torch.testing.assert_close(slope, slope[:1, :1].expand_as(slope), atol=1e-2, rtol=1e-2)
+    assert slope.std() > 0.1
+    mix.standardise(tell(torch.randn(3, 400, 8)[None], torch.ones(1, 400))[0])
+    assert mix.mean.shape == (3, 1, 8)
 
 
 @pytest.mark.parametrize("kind, options", VARIANTS)

@@ -202,6 +202,22 @@ def test_lam_gets_a_gradient(encoder, prompts):
 
 
 @torch.no_grad()
+def test_durations_add_up_to_the_utterance(encoder, prompts):
+    """Tokens follow each other without a gap. A tail fires at the end; one that is dropped is
+    shorter than a token."""
+    waveforms, lengths = pad(prompts)
+    out = encoder(waveforms, lengths, 0.7)
+    durations = out.durations()
+    assert (durations >= 0).all()
+    assert (durations.sum(1) <= out.frames + 1e-3).all()
+    mean = (durations.sum(1) / out.lengths).tolist()
+    assert mean == pytest.approx((out.frames / out.lengths).tolist(), rel=0.05)
+    assert (durations[torch.arange(durations.shape[1]) >= out.lengths[:, None]] == 0).all()
+    uncompressed = encoder(waveforms, lengths)
+    assert (uncompressed.durations().sum(1) == uncompressed.frames).all()
+
+
+@torch.no_grad()
 def test_frames_of_counts_what_the_cnn_makes():
     cnn = small().feature_extractor
     for samples in (MIN_SAMPLES, 719, 720, 721, 1039, 1040, SAMPLE_RATE):
