@@ -1,45 +1,56 @@
-"""λ as a parameter of the task, learned by gradient with the head, not searched for on a grid.
+"""λ chosen for a task by what it costs there, not picked from a grid of heads.
 
-    λ = 1.99 σ(r)      r is the parameter, so that 0 < λ < 2 whatever the optimiser does
-    loss = head's loss at λ + price · mean α′ + missing
+    loss(λ) = head's loss at λ + price · tokens per frame + missing
 
-The encoder is frozen, yet λ's gradient passes through it:
+The encoder is frozen. How λ is found (--way):
 
-    loss → hidden states → tokens → widths of CIF's pieces → α′ → λ
+search       One head is trained for all λ (finetune.py --lam any). Its loss on validation speech is
+             a curve over forty rates, and λ is where the smoothed curve is lowest. That costs no
+             training beyond the head's, which is also the head that is used afterwards; and every
+             price is answered by the same curve.
 
-Where α′ moves a token's end, frames change hands between neighbours, and the loss says whether that
-was for the better. The number of tokens has no gradient: λ's slope arrives through the widths
-alone, and autograd does not see the jumps where an utterance gains or loses a token.
+differences  λ is a parameter, learned with a head. Its slope at each step is measured on a batch of
+             validation speech, which is encoded twice:
+
+                 slope = (loss(λ + δ) - loss(λ - δ)) / 2δ
+
+             The head is trained at λ jittered by up to δ, so that it is at home at both.
+
+autograd     The paper's way: λ is a parameter, learned with a head, and its gradient passes through
+             the frozen encoder:
+
+                 loss → hidden states → tokens → widths of CIF's pieces → α′ → λ
+
+Why not autograd alone? As λ grows, the tokens of an utterance grow until it has one token less, and
+then start anew. Within such a tooth the loss is smooth and autograd is exact. From tooth to tooth
+it jumps, and autograd never sees the jumps. What it returns is the slope of the teeth, not that of
+the saw, and the two may differ in sign (notebook 4 shows it). Differences over a step that is wider
+than a tooth see both.
+
+In both of the last two λ = 1.99 σ(r), and r is the parameter: 0 < λ < 2 whatever the optimiser
+does. λ rests for the first steps (--freeze): a head that knows nothing yet, above all one under CTC
+that emits only blanks, gives it a slope of noise. λ has its own learning rate, which falls to a
+tenth of its first value at most, and no weight decay. When it is settled the head is thrown away,
+having seen λ change all the way, and a new one is trained at the learned λ by finetune.py.
 
 **missing**, for CTC. An utterance with fewer tokens than its text needs has an infinite loss, which
 is usually replaced by 0 (zero_infinity). So as λ grows, the hardest utterances no longer count, the
 loss falls, and λ has no reason to come back. In its place each missing token is charged what
-guessing its symbol would cost; Σ α′ stands for the number of tokens:
+guessing its symbol would cost:
 
-    missing = mean over utterances of  ln(symbols + 1) · relu(n - Σ α′) / n
+    missing = mean over utterances of  ln(symbols + 1) · relu(n - tokens) / n
 
-where n is how many tokens CTC needs. Without this charge λ never left 1.2 when it started there.
+where n is how many tokens CTC needs. Under autograd Σ α′ stands for the number of tokens, which has
+no gradient.
 
-**price.** Mean α′ is tokens per frame: 1 at λ = 0, where the price is added to the loss in full,
-and about 0.23 at λ = 1.
-
-**freeze.** For the first steps λ stays where it starts: a head that knows nothing yet, above all
-one under CTC that emits only blanks, gives it a gradient of noise. λ has its own learning rate,
-which falls to a tenth of its first value at most, and no weight decay.
-
-A head that has only seen one λ is at its best there, which might hold λ back. But in the one
-comparison that was made, training with λ jittered by ±0.15 around the learned one made no
-difference, so every step is taken at the learned λ itself.
-
-After --lam-epochs λ is settled. The head that learned with it saw λ change all the way, so it is
-thrown away: a new one is trained at the learned λ by finetune.py, and scored like every point of
-the grid.
+**price.** Tokens per frame are 1 at λ = 0, where the price is added to the loss in full, and about
+0.23 at λ = 1. The dearer tokens are, the longer the best ones.
 
 Source: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models",
-ICASSP 2023: λ learned with the task. Missing tokens, price and freeze are ours.
+ICASSP 2023: λ learned with the task. Missing tokens, price, freeze and the other ways are ours.
 
-    python adaptive_lambda.py             characters, from three λ: a quarter of an hour
-    python adaptive_lambda.py --task pool --lam 0.1 1.2 --seeds 3 --out runs/adaptive
+    python adaptive_lambda.py --price 0 1 3      characters: one head, and the best λ at each price
+    python adaptive_lambda.py --way autograd --task pool --lam 0.1 1.2 --out runs/adaptive
 """
 
 import parts  # noqa: F401  before torch: it sets how the threads of torch wait
@@ -49,7 +60,10 @@ import argparse
 import math
 import sys
 import time
+from itertools import cycle, product
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -57,9 +71,13 @@ import finetune
 from ofa_encoder import FRAME_MS
 from parts.cache import FrameCache, HiddenStateCache, TrainableSource
 from parts.heads import emissions
-from parts.runs import check_numbers, command, cost_of, save_point, warning
+from parts.runs import check_numbers, command, cost_of, read_point, save_point, warning
 
 LIMIT = 1.99  # of λ: at 2, α′ is 0 and nothing fires
+SMOOTH = 3  # rates on each side to which the curve is smoothed
+
+# Flags that finetune.py does not have.
+OWN = {"way", "price", "lam_epochs", "lam_lr", "freeze", "delta"}
 
 
 # 1. The command line: that of finetune.py, and what learning λ needs.
@@ -67,14 +85,18 @@ LIMIT = 1.99  # of λ: at 2, α′ is 0 and nothing fires
 
 def build_parser():
     parser = finetune.build_parser(
-        "Learn λ with a head, on the frozen encoder.", lam="each λ to start from"
+        "Find the λ of a task, on the frozen encoder.",
+        lam="each λ to start from; not for --way search, which needs no start",
     )
     parser.set_defaults(lam=[0.1, 0.6, 1.2])
     add = parser.add_argument
+    ways = ("search", "differences", "autograd")
+    add("--way", choices=ways, default="search", help="how λ is found: see the top of this file")
+    add("--price", type=float, nargs="+", default=[0.0], help="each price of a token per frame")
     add("--lam-epochs", type=int, default=25, help="epochs for which λ is learned")
     add("--lam-lr", type=float, default=0.02, help="learning rate of r, where λ = 1.99 σ(r)")
     add("--freeze", type=int, default=200, help="steps for which λ rests where it starts")
-    add("--price", type=float, default=0.0, help="added to the loss, times tokens per frame")
+    add("--delta", type=float, default=0.1, help="δ, half the step of --way differences")
     return parser
 
 
@@ -85,54 +107,111 @@ def check(args):
             "λ is learned on a frozen, pre-trained encoder: "
             "--features and --unfreeze are for finetune.py"
         )
+    if args.way == "search":
+        args.lam = ["any"]
+    elif "any" in args.lam:
+        raise ValueError(f"--lam any is no λ to start from: for --way {args.way} name some")
     finetune.check(args)
-    if not all(0 < lam < LIMIT for lam in args.lam):
+    if args.way != "search" and not all(0 < lam < LIMIT for lam in args.lam):
         starts = " ".join(f"{lam:g}" for lam in args.lam)
         raise ValueError(
             f"--lam {starts}: λ = {LIMIT} σ(r) can't start from an end of the scale; try 0.05, say"
         )
-    check_numbers(args, "lam_epochs")
-    check_numbers(args, "lam_lr", "freeze", "price", zero=True)
+    check_numbers(args, "lam_epochs", "delta")
+    check_numbers(args, "lam_lr", "freeze", zero=True)
+    for price in args.price:
+        if not 0 <= price < math.inf:
+            raise ValueError(f"--price is {price}, expected a number from 0")
 
 
-# 2. λ, and the hidden states that depend on it.
+# 2. Search: the lowest point of a curve.
+
+
+def best_rate(rows, guess, price) -> dict:
+    """The row with the lowest loss, once the curve is smooth.
+
+    rows: of finetune.test_at_all_rates, in the order of their λ. guess: what a missing token costs.
+    """
+    losses = []
+    for row in rows:
+        tokens_per_frame = FRAME_MS / row["frame_period_ms"]
+        losses.append(row["valid_loss"] + guess * row["valid_missing"] + price * tokens_per_frame)
+    return rows[int(np.argmin(smooth(losses)))]
+
+
+def smooth(values) -> np.ndarray:
+    """At each place the parabola that fits the values up to SMOOTH places away best."""
+    values = np.asarray(values)
+    result = np.empty(len(values))
+    for k in range(len(values)):
+        near = np.arange(max(0, k - SMOOTH), min(len(values), k + SMOOTH + 1))
+        parabola = np.polyfit(near - k, values[near], min(2, len(near) - 1))
+        result[k] = parabola[-1]
+    return result
+
+
+def search(args, encoder, task, config):
+    """A head for all λ for each seed, and a point for each price.
+
+    The head is that of `finetune.py --lam any`, with its flags: if it is there it is used.
+    """
+    parser = finetune.build_parser()
+    flags = {name for name in vars(args) if name in vars(parser.parse_args([]))}
+    plain = argparse.Namespace(**{name: getattr(args, name) for name in flags})
+    of_head = {name: value for name, value in config.items() if name not in OWN}
+    finetune.points_of_any_lam(parser, plain, encoder, task, of_head)
+
+    for seed in range(args.seed, args.seed + args.seeds):
+        path = Path(args.out) / f"{args.task}-any-seed{seed}.json"
+        head = read_point(path)
+        for price in args.price:
+            row = best_rate(head["rows"], guess_of(task), price)
+            point = {**head, **row, "config": {**head["config"], "way": "search", "price": price}}
+            del point["rows"]
+            stem = f"{args.task}-search-price{price:g}-seed{seed}"
+            save_point(path.with_name(f"{stem}.json"), point)
+            print(
+                f"price {price:g}, seed {seed}: λ = {row['lam']:.3f} "
+                f"({row['frame_period_ms']:.1f} ms), test {task.metric} {row['test']:.1f} %"
+            )
+
+
+def guess_of(task) -> float:
+    """What a missing token costs under CTC: guessing among all symbols and the blank."""
+    return math.log(len(task.symbols) + 1)
+
+
+# 3. λ as a parameter, and the hidden states that depend on it.
 
 
 class LearnedLam(TrainableSource):
-    """λ as a parameter, and the hidden states at it; for finetune.train.
+    """λ as a parameter, and the hidden states at it; for finetune.train. Its slope: autograd's.
 
+    args: flags, of which it reads way, lam_lr, freeze and delta
+    task: for how many tokens each text needs
+    frames: the CNN's, of the frozen encoder
     start: λ to begin with, inside (0, LIMIT)
-    encoder, frames: the frozen encoder, and its CNN's frames
-    lr: learning rate of r
-    freeze: steps for which λ rests
     price: added to the loss, times tokens per frame
-    needed: tokens that each utterance needs, one number for each; None: no charge for missing ones
-    guess: what a missing token costs
     """
 
     keep_last = True  # λ is where it settles, not where validation was best by chance
 
-    def __init__(
-        self,
-        start,
-        encoder,
-        frames: FrameCache,
-        lr=0.02,
-        freeze=0,
-        price=0.0,
-        needed=None,
-        guess=0.0,
-    ):
+    def __init__(self, args, task, frames: FrameCache, start, price=0.0):
         super().__init__()
         # The method alone: were the encoder a submodule, model.train() would turn on its dropout.
-        self.encode = encoder.encode
+        self.encode = frames.encoder.encode
         self.frames = frames
         self.raw = nn.Parameter(torch.logit(torch.tensor(start / LIMIT, device=frames.device)))
+        lr = args.lam_lr
         self.groups = [{"params": [self.raw], "lr": lr, "min_lr": lr / 10, "weight_decay": 0.0}]
-        self.steps_to_rest = freeze
+        self.steps_to_rest = args.freeze
+        self.delta = args.delta
         self.price = price
-        self.needed = None if needed is None else torch.tensor(needed, device=frames.device)
-        self.guess = guess
+        self.guess = guess_of(task)
+        self.needed = None
+        if task.kind == "ctc":
+            needed = [emissions(text) / args.symbols_per_token for text in task.targets]
+            self.needed = torch.tensor(needed, device=frames.device)
         self.frames_seen = 0  # in the training batches of this epoch
         self.tokens_seen = 0
 
@@ -143,24 +222,34 @@ class LearnedLam(TrainableSource):
     def forward(self, indices):
         """Hidden states (B, L + 1, T, D) and lengths (B,); sets self.cost."""
         lam = self.lam
-        if self.training and self.steps_to_rest > 0:
-            self.steps_to_rest -= 1
+        if self.training and self.rests():
             lam = lam.detach()
+        out, self.cost = self.encode_at(indices, lam)
+        if self.training:
+            self.count(out)
+        return torch.stack(out.hidden_states, 1), out.lengths
+
+    def rests(self) -> bool:
+        """Whether λ still rests at this step, which is counted."""
+        self.steps_to_rest -= 1
+        return self.steps_to_rest >= 0
+
+    def encode_at(self, indices, lam):
+        """The utterances encoded at λ, and what is added to the head's loss there."""
         x, frames = self.frames(indices)
         out = self.encode(x, frames, lam)
-
         # Σ α′ of an utterance is its number of tokens before rounding, and has a gradient.
         mass = out.fired.alpha.sum(1)  # (B,)
-        self.cost = self.price * mass.sum() / out.frames.sum()
+        cost = self.price * mass.sum() / out.frames.sum()
         if self.needed is not None:
             needed = self.needed[list(indices)]
             missing = torch.relu(needed - mass) / needed
-            self.cost = self.cost + self.guess * missing.mean()
+            cost = cost + self.guess * missing.mean()
+        return out, cost
 
-        if self.training:
-            self.frames_seen += out.frames.sum().item()
-            self.tokens_seen += out.lengths.sum().item()
-        return torch.stack(out.hidden_states, 1), out.lengths
+    def count(self, out):
+        self.frames_seen += out.frames.sum().item()
+        self.tokens_seen += out.lengths.sum().item()
 
     def watch(self) -> dict:
         """λ at the end of the epoch, and the mean frame period in ms over its training batches."""
@@ -170,7 +259,51 @@ class LearnedLam(TrainableSource):
         return {"lam": self.lam.item(), "period_ms": period}
 
 
-# 3. A point for each start and seed: λ is learned, then a head is trained at it.
+class MeasuredLam(LearnedLam):
+    """The same, but the slope of λ is a difference of losses on validation speech."""
+
+    def begin(self, lesson):
+        self.lesson = lesson
+        self.batches = cycle(lesson.batches("valid"))
+
+    def forward(self, indices):
+        lam = self.lam
+        if not self.training:
+            with torch.no_grad():
+                return super().forward(indices)
+
+        # The head's own step is taken near λ.
+        jitter = self.delta * (2 * torch.rand(()).item() - 1)
+        with torch.no_grad():
+            out, _ = self.encode_at(indices, (lam + jitter).clamp(0, LIMIT))
+        self.count(out)
+
+        # slope · λ has the slope that was measured, and what is subtracted makes its value 0.
+        self.cost = 0.0
+        if not self.rests():
+            self.cost = self.slope(lam.detach()) * (lam - lam.detach())
+        return torch.stack(out.hidden_states, 1), out.lengths
+
+    @torch.no_grad()
+    def slope(self, lam) -> float:
+        """(loss(λ + δ) - loss(λ - δ)) / 2δ on the next validation batch, at the ends of the scale
+        over what is left of the step."""
+        batch = next(self.batches)
+        head = self.lesson.head
+        wanted = [[s for s in self.lesson.targets[i] if s >= 0] for i in batch]
+        below = (lam - self.delta).clamp(min=0)
+        above = (lam + self.delta).clamp(max=LIMIT)
+        head.eval()
+        losses = []
+        for side in (below, above):
+            out, cost = self.encode_at(batch, side)
+            states = torch.stack(out.hidden_states, 1)
+            losses.append((head.loss(states, out.lengths, wanted) + cost).item())
+        head.train()
+        return (losses[1] - losses[0]) / (above - below).item()
+
+
+# 4. A point for each start, price and seed: λ is learned, then a head is trained at it.
 
 
 def main():
@@ -183,29 +316,34 @@ def main():
             f"{args.checkpoint} has one fixed rate ({encoder.config.compression}): "
             "there is no λ to learn"
         )
+    if args.way == "search":
+        search(args, encoder, task, config)
+        return
     check_freeze(args, task)
+    in_memory = args.keep == "memory"
     frames = None
-    for start in args.lam:
-        from_start = {**config, "start": start}
-        stem = f"{args.task}-price{args.price:g}-from{start:g}"
+    for start, price in product(args.lam, args.price):
+        from_start = {**config, "start": start, "price": price}
+        stem = f"{args.task}-{args.way}-price{price:g}-from{start:g}"
         for seed, path in finetune.unfinished(args, from_start, stem).items():
             if not frames:
-                frames = FrameCache(task.speech, encoder, args.device, args.keep == "memory")
+                frames = FrameCache(task.speech, encoder, args.device, in_memory)
             began = time.time()
-            lam, search = learn_lam(args, task, frames, start, seed)
+            lam, history = learn_lam(args, task, frames, start, price, seed)
             search_s = time.time() - began
             states = HiddenStateCache(
-                task.speech, args.features, encoder, lam, args.device, frames, args.keep == "memory"
+                task.speech, args.features, encoder, lam, args.device, frames, in_memory
             )
             result, head = finetune.train(args, task, states, seed)
             if args.save_heads:
                 finetune.save_head(path.with_suffix(".pt"), head, encoder, lam, task)
+            one_price = argparse.Namespace(**{**vars(args), "price": [price]})
             point = {
                 "config": {**from_start, "seed": seed},
-                "command": command("adaptive_lambda.py", parser, args, start, seed),
+                "command": command("adaptive_lambda.py", parser, one_price, start, seed),
                 "lam": lam,
                 **result,
-                "search": search,
+                "search": history,
                 "search_s": search_s,
                 **cost_of(states, frames),
                 "train_s": time.time() - began,
@@ -229,21 +367,10 @@ def check_freeze(args, task):
         )
 
 
-def learn_lam(args, task, frames, start, seed):
+def learn_lam(args, task, frames, start, price, seed):
     """λ after --lam-epochs with a head that is not kept; and the history of these epochs."""
-    needed = None
-    if task.kind == "ctc":
-        needed = [emissions(text) / args.symbols_per_token for text in task.targets]
-    source = LearnedLam(
-        start,
-        frames.encoder,
-        frames,
-        lr=args.lam_lr,
-        freeze=args.freeze,
-        price=args.price,
-        needed=needed,
-        guess=math.log(len(task.symbols) + 1),
-    )
+    kind = LearnedLam if args.way == "autograd" else MeasuredLam
+    source = kind(args, task, frames, start, price)
     # λ is to settle: it gets all its epochs, whatever the validation split says meanwhile.
     searching = argparse.Namespace(**vars(args))
     searching.epochs = args.lam_epochs

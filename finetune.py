@@ -240,6 +240,7 @@ class Measured(NamedTuple):
     loss: float
     score: float
     infeasible: int  # utterances that are too short for their text under CTC
+    missing: float  # part of the tokens that CTC needs and that are not there, a mean over them
     predicted: list  # of each utterance, in the order of Lesson.order
 
 
@@ -276,6 +277,7 @@ def train(args, task: Task, source: HiddenStateCache | TrainableSource, seed):
     """
     torch.manual_seed(seed)
     lesson = make_lesson(args, task, [source])
+    lesson.trainable.begin(lesson)
     optimizer, schedule = make_optimizer(args, lesson)
     random = np.random.default_rng(seed)  # of the order of batches
     progress = Progress()
@@ -451,6 +453,7 @@ def measure(lesson, split, source) -> Measured:
     lesson.model.eval()
     loss = 0.0
     infeasible = 0
+    missing = 0.0
     predicted = []
     targets = []
     for batch in lesson.batches(split):
@@ -464,9 +467,10 @@ def measure(lesson, split, source) -> Measured:
         loss += batch_loss * len(batch) / len(lesson.order[split])
         if lesson.task.kind == "ctc":
             infeasible += lesson.head.infeasible(lengths, known)
+            missing += lesson.head.missing(lengths, known).sum().item() / len(lesson.order[split])
         predicted += lesson.head.predict(states, lengths)
         targets += wanted
-    return Measured(loss, score(lesson.task, predicted, targets), infeasible, predicted)
+    return Measured(loss, score(lesson.task, predicted, targets), infeasible, missing, predicted)
 
 
 @torch.no_grad()
@@ -513,6 +517,7 @@ def test_at_all_rates(lesson, sources) -> list[dict]:
                 "frame_period_ms": source.period_ms,
                 "transformer_gflops_per_s": source.gflops,
                 "valid_loss": valid.loss,
+                "valid_missing": valid.missing,
                 "valid": valid.score,
                 "test": test.score,
                 "infeasible_test": test.infeasible,
@@ -640,7 +645,7 @@ def points_of_each_lam(parser, args, encoder, task, config):
 
 
 def points_of_any_lam(parser, args, encoder, task, config):
-    """A head for all λ, for each seed."""
+    """A head for all λ, for each seed that has no point yet."""
     todo = unfinished(args, {**config, "lam": "any"}, f"{args.task}-any")
     if not todo:
         return
@@ -668,7 +673,9 @@ def points_of_any_lam(parser, args, encoder, task, config):
         train_s = prepare_s + time.time() - started
         if args.save_heads:
             save_head(path.with_suffix(".pt"), lesson.head, encoder, "any", task)
+        started = time.time()
         rows = test_at_all_rates(lesson, tested)
+        test_s = time.time() - started
         point = {
             "config": {**config, "lam": "any", "seed": seed},
             "command": command("finetune.py", parser, args, "any", seed),
@@ -679,6 +686,7 @@ def points_of_any_lam(parser, args, encoder, task, config):
             "history": losses,
             **cost_of(tested[0], frames),
             "train_s": train_s,
+            "test_s": test_s,
         }
         save_point(path, point)
         shown = [min(rows, key=lambda row: abs(row["frame_period_ms"] - ms)) for ms in (20, 50, 90)]

@@ -156,6 +156,9 @@ class TrainableSource(nn.Module):
     cost = 0.0  # of the last batch: added to the head's loss
     keep_last = False  # keep the last epoch, not the one with the best validation score
 
+    def begin(self, lesson):
+        """Before the first step: lesson is finetune's, with the head and the targets."""
+
     def watch(self) -> dict:
         """What to write into the history of each epoch."""
         return {}

@@ -1,15 +1,21 @@
-"""adaptive_lambda.py on real speech: λ's gradient by finite differences, its freeze, its price,
-the charge for missing tokens, and its points."""
+"""adaptive_lambda.py on real speech: λ's slope by differences and by autograd, its freeze, its
+price, the charge for missing tokens, the search, and the points."""
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import adaptive_lambda
-from adaptive_lambda import LIMIT, LearnedLam
+import finetune
+from adaptive_lambda import LIMIT, LearnedLam, MeasuredLam, best_rate, smooth
 from ofa_encoder import OFAEncoder
 from parts.cache import FrameCache
 from parts.data import load
@@ -46,12 +52,20 @@ def run(spoken, tmp_path, monkeypatch):
     base += ["--task", "pool", "--data", str(spoken), "--out", "out"]
     base += ["--lam-epochs", "6", "--epochs", "2", "--freeze", "0"]
 
-    def run(*flags):
+    def run(*flags, way="autograd"):
+        flags = ("--way", way, *flags)
         monkeypatch.setattr(sys, "argv", [*base, *flags])
         adaptive_lambda.main()
         return {path.name: json.loads(path.read_text()) for path in Path("out").glob("*.json")}
 
     return run
+
+
+def learned(start, frames, price=0.0, freeze=0, texts=(), kind=LearnedLam):
+    """A λ to learn. texts: for CTC, the text of each utterance."""
+    args = Namespace(lam_lr=0.02, freeze=freeze, delta=0.1, symbols_per_token=1)
+    task = SimpleNamespace(kind="ctc" if texts else "pool", targets=texts, symbols=range(19))
+    return kind(args, task, frames, start, price)
 
 
 @pytest.mark.parametrize("start", [0.3, 0.8, 1.4])
@@ -68,7 +82,7 @@ def test_gradient_is_the_slope_of_the_loss(encoder, frames, start):
         return (states[:, -1].mean(2) ** 2).sum() + learner.cost, lengths.item()
 
     for n in range(12):
-        learner = LearnedLam(start, encoder, frames, price=1.0)
+        learner = learned(start, frames, price=1.0)
         loss, tokens = loss_at(learner, start, n)
         loss.backward()
         slope = learner.raw.grad.item() / (start * (1 - start / LIMIT))  # dλ/dr = LIMIT σ (1 - σ)
@@ -82,20 +96,20 @@ def test_gradient_is_the_slope_of_the_loss(encoder, frames, start):
 
 
 def test_lam_rests_while_frozen_then_moves(encoder, frames):
-    learner = LearnedLam(0.6, encoder, frames, freeze=1)
+    learner = learned(0.6, frames, freeze=1)
     assert not learner([0])[0].requires_grad
     assert learner([0])[0].requires_grad
     assert learner.lam.item() == pytest.approx(0.6, abs=1e-5)
 
 
 def test_validation_does_not_count_as_a_step(encoder, frames):
-    learner = LearnedLam(0.6, encoder, frames, freeze=1).eval()
+    learner = learned(0.6, frames, freeze=1).eval()
     learner([0])
     assert not learner.train()([0])[0].requires_grad
 
 
 def test_the_history_has_the_frame_period_of_an_epoch(encoder, frames):
-    learner = LearnedLam(0.6, encoder, frames)
+    learner = learned(0.6, frames)
     for _ in range(2):  # each epoch is counted anew
         used = {}
         for n in (0, 1):
@@ -106,7 +120,7 @@ def test_the_history_has_the_frame_period_of_an_epoch(encoder, frames):
 
 
 def test_lam_alone_is_trained(encoder, frames):
-    learner = LearnedLam(0.6, encoder, frames)
+    learner = learned(0.6, frames)
     assert [name for name, _ in learner.named_parameters()] == ["raw"]
     assert not encoder.training and not learner.train().encode.__self__.training
 
@@ -114,23 +128,139 @@ def test_lam_alone_is_trained(encoder, frames):
 def test_missing_tokens_are_charged(encoder, frames):
     """By hand: with twice as many tokens needed as α′ adds up to, half are missing, and a step down
     the gradient lowers λ."""
-    first, second = LearnedLam(1.2, encoder, frames)([0, 1])[1].tolist()
+    first, second = learned(1.2, frames)([0, 1])[1].tolist()
     for needed, expected in (
         ([2 * first, 2 * second], 0.5),
         ([first - 2, second - 2], 0.0),
         ([2 * first, second - 2], 0.25),
     ):
-        learner = LearnedLam(1.2, encoder, frames, needed=needed, guess=3.0)
+        texts = [list(range(n)) for n in needed]  # no symbol twice in a row: no blanks needed
+        learner = learned(1.2, frames, texts=texts)
         learner([0, 1])
-        assert learner.cost.item() == pytest.approx(3.0 * expected, abs=0.08)
+        guess = np.log(20)  # of 19 symbols and the blank
+        assert learner.cost.item() == pytest.approx(guess * expected, abs=0.08)
         if expected:
             learner.cost.backward()
             assert learner.raw.grad > 0
 
 
+class Ruler:
+    """A head whose loss is how many tokens there are."""
+
+    def loss(self, states, lengths, targets):
+        return lengths.sum().float()
+
+    def eval(self):
+        pass
+
+    train = eval
+
+
+def test_measured_slope_is_that_of_the_number_of_tokens(encoder, frames):
+    """Autograd has no slope there at all. By hand: tokens at λ + δ less those at λ - δ."""
+    batch = [3, 4, 5]
+    lesson = SimpleNamespace(head=Ruler(), targets=[[]] * 12, batches=lambda split: [batch])
+    for start in (0.5, 0.03):  # near 0 the step is cut off
+        learner = learned(start, frames, kind=MeasuredLam)
+        learner.begin(lesson)
+        states, lengths = learner.train()([0])
+        learner.cost.backward()
+        below, above = max(0, start - 0.1), start + 0.1
+        tokens = [encoder.encode(*frames(batch), lam).lengths.sum() for lam in (below, above)]
+        slope = (tokens[1] - tokens[0]).item() / (above - below)
+        assert slope < -50
+        dlam = start * (1 - start / LIMIT)  # dλ/dr
+        assert learner.raw.grad.item() == pytest.approx(slope * dlam, rel=1e-3)
+        assert learner.cost.item() == 0
+        assert not states.requires_grad
+
+
+def test_a_measured_lam_rests_while_frozen(encoder, frames):
+    learner = learned(0.6, frames, freeze=1, kind=MeasuredLam)
+    learner([0])
+    assert learner.cost == 0.0
+
+
+# Search.
+
+
+def test_smoothing_leaves_a_parabola_as_it_is():
+    x = np.arange(40)
+    parabola = (x - 17.3) ** 2
+    np.testing.assert_allclose(smooth(parabola), parabola, atol=1e-6)
+    noise = np.random.default_rng(0).standard_normal(400)
+    assert smooth(noise).std() < 0.7
+
+
+def rows_of(losses, missing=0.0):
+    """Rows of a curve at forty periods."""
+    periods = np.geomspace(20, 220, 40)
+    return [
+        {"valid_loss": loss, "valid_missing": missing, "frame_period_ms": period}
+        for loss, period in zip(losses, periods)
+    ]
+
+
+def test_the_best_rate_is_the_lowest_point_of_the_curve():
+    for lowest in (0, 17, 39):
+        assert best_rate(rows_of((np.arange(40) - lowest) ** 2), 0, 0) == pytest.approx(
+            rows_of((np.arange(40) - lowest) ** 2)[lowest]
+        )
+
+
+@given(st.lists(st.floats(0, 5), min_size=40, max_size=40), st.floats(0, 9), st.floats(0, 9))
+def test_dearer_tokens_are_never_shorter(losses, a, b):
+    """Whatever the curve is like, and however small the price."""
+    rows = rows_of(losses)
+    cheap, dear = (best_rate(rows, 0, price)["frame_period_ms"] for price in sorted([a, b]))
+    assert cheap <= dear * (1 + 1e-9)
+
+
+def test_missing_tokens_cost_a_guess():
+    rows = rows_of(np.linspace(2, 1, 40))  # zero_infinity: the longer the tokens the better
+    for row in rows:
+        row["valid_missing"] = max(0, row["frame_period_ms"] - 60) / 60
+    assert best_rate(rows, 0, 0)["frame_period_ms"] == pytest.approx(220)
+    assert 50 < best_rate(rows, 3, 0)["frame_period_ms"] < 80
+
+
+def test_search_uses_one_head_for_all_prices(run, monkeypatch, capsys):
+    monkeypatch.setattr("finetune.LAMS_KEPT", 3)
+    monkeypatch.setattr("finetune.RATES", 9)
+    found = run("--price", "0", "0.5", "1000", way="search")
+    head = found.pop("pool-any-seed0.json")
+    assert len(found) == 3
+    chosen = [found[f"pool-search-price{price}-seed0.json"] for price in ("0", "0.5", "1000")]
+    periods = [point["frame_period_ms"] for point in chosen]
+    assert periods == sorted(periods)
+    assert periods[-1] == head["rows"][-1]["frame_period_ms"]
+    for point in chosen:
+        (row,) = [row for row in head["rows"] if row["lam"] == point["lam"]]
+        assert point["test"] == row["test"]
+        assert point["config"] == {
+            **head["config"],
+            "way": "search",
+            "price": point["config"]["price"],
+        }
+    # The head is there, and finetune.py would have made the same.
+    capsys.readouterr()
+    run("--price", "2", way="search")
+    assert "pool-any-seed0.json is there" in capsys.readouterr().out
+    script, *words = head["command"].split()[1:]
+    assert script == "finetune.py"
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    finetune.main()
+    again = json.loads(Path("runs/again/pool-any-seed0.json").read_text())
+    assert again["rows"] == head["rows"]
+    assert again["config"] == head["config"]
+
+
+# Points.
+
+
 def test_a_price_buys_longer_tokens(run):
     (free,) = run("--lam", "0.5").values()
-    priced = run("--lam", "0.5", "--price", "30")["pool-price30-from0.5-seed0.json"]
+    priced = run("--lam", "0.5", "--price", "30")["pool-autograd-price30-from0.5-seed0.json"]
     assert priced["search"][-1]["lam"] > free["search"][-1]["lam"] + 0.05
     assert all(0 < epoch["lam"] < 2 for epoch in priced["search"])
     assert priced["search"][-1]["period_ms"] > priced["search"][0]["period_ms"]
@@ -146,10 +276,11 @@ def test_a_new_head_is_trained_at_the_lam_that_was_learned(run):
     assert "lam" not in point["history"][0]
 
 
-def test_points_have_the_configuration_of_those_in_results(run):
-    (point,) = run("--lam", "1.1").values()
-    committed = next((REPO / "results/adaptive").glob("pool-*.json"))
-    assert point["config"].keys() == json.loads(committed.read_text())["config"].keys()
+def test_lam_is_learned_by_differences(run):
+    (point,) = run("--lam", "0.5", way="differences").values()
+    lams = [epoch["lam"] for epoch in point["search"]]
+    assert len(set(lams)) == 6
+    assert all(0 < lam < 2 for lam in lams)
 
 
 def test_points_are_kept_and_their_command_computes_them_again(run, monkeypatch, capsys):
@@ -161,6 +292,6 @@ def test_points_are_kept_and_their_command_computes_them_again(run, monkeypatch,
     script, *words = point["command"].split()[1:]
     monkeypatch.setattr(sys, "argv", [script, *words])
     adaptive_lambda.main()
-    again = json.loads(Path("runs/again/pool-price0-from1.1-seed3.json").read_text())
+    again = json.loads(Path("runs/again/pool-autograd-price0-from1.1-seed3.json").read_text())
     for name in ("test", "lam", "search", "history"):
         assert again[name] == point[name]

@@ -36,7 +36,8 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"  # no machine has both
 FLAGS = {
     "pretrain.py": "--data forty --root root --steps 1 --batch-seconds 8 --device cpu --out new",
     "finetune.py": "--task pool --data good.tsv --checkpoint encoder.pt --epochs 1",
-    "adaptive_lambda.py": "--task pool --data good.tsv --checkpoint encoder.pt --epochs 1",
+    "adaptive_lambda.py": "--way autograd --task pool --data good.tsv --checkpoint encoder.pt "
+    "--epochs 1",
 }  # later flags win
 
 HEADER, SPLIT = "path\tlabel\n", "path\tlabel\tsplit\n"
@@ -555,6 +556,9 @@ ROWS = [
     # adaptive_lambda.py
     ("λ from 0", "adaptive_lambda.py --lam 0", "can't start from an end of the scale"),
     ("λ from 2", "adaptive_lambda.py --lam 2", "λ is 2"),
+    ("λ from any", "adaptive_lambda.py --lam any", "no λ to start from"),
+    ("no step", "adaptive_lambda.py --delta 0", "--delta is 0"),
+    ("an unknown way", "adaptive_lambda.py --way guess", "--way: invalid choice: 'guess'"),
     ("λ from nan", "adaptive_lambda.py --lam nan", "λ is nan"),
     (
         "λ learned on log-mels",
