@@ -67,7 +67,7 @@ from parts.runs import (
     use_bf16,
     warning,
 )
-from parts.scores import guessing, score
+from parts.scores import bootstrap, guessing, score
 from parts.superb import SUPERB, load_superb
 from parts.tasks import KINDS, Task, load_task
 
@@ -483,6 +483,7 @@ def final_test(lesson, source) -> dict:
     if task.second:
         point[f"test {task.second}"] = score(task, measured.predicted, targets, task.second)
     point["guessing"] = guessing(task, measured.predicted, targets)
+    point["bootstrap"] = rounded(bootstrap(task, measured.predicted, targets, lesson.order["test"]))
 
     # Under CTC, an utterance with fewer tokens than its text needs could not be learned from.
     infeasible_train = 0
@@ -511,6 +512,8 @@ def test_at_all_rates(lesson, sources) -> list[dict]:
     for source in tqdm(sources, desc="rates", leave=False):
         valid = measure(lesson, "valid", source)
         test = measure(lesson, "test", source)
+        targets = [lesson.targets[i] for i in lesson.order["test"]]
+        draws = bootstrap(lesson.task, test.predicted, targets, lesson.order["test"])
         rows.append(
             {
                 "lam": source.lam,
@@ -521,9 +524,14 @@ def test_at_all_rates(lesson, sources) -> list[dict]:
                 "valid": valid.score,
                 "test": test.score,
                 "infeasible_test": test.infeasible,
+                "bootstrap": rounded(draws),
             }
         )
     return rows
+
+
+def rounded(values) -> list[float]:
+    return [round(value, 2) for value in values]
 
 
 def separator(task) -> str:

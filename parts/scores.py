@@ -4,7 +4,8 @@
     pool           accuracy, or mAP where several labels may apply: mean average precision
     SUPERB         slot-type F1 and others, in parts/superb.py
 
-All are in %. `guessing` says what a score is to be compared with.
+All are in %. `guessing` says what a score is to be compared with, and `bootstrap` how much it owes
+to the utterances that happen to be in the test split.
 """
 
 import numpy as np
@@ -39,6 +40,37 @@ def score(task: Task, predicted: list, targets: list, metric="") -> float:
     # Error rates of symbols (CER, PER, WER): edits from prediction to target, per symbol of target.
     edits = sum(edit_distance(p, t) for p, t in zip(predicted, targets))
     return 100 * edits / sum(len(t) for t in targets)
+
+
+DRAWS = 200  # of bootstrap
+
+
+def bootstrap(task: Task, predicted: list, targets: list, utterances: list[int]) -> list[float]:
+    """The score on DRAWS test splits that might have been, drawn from this one with replacement.
+
+    utterances: which of the task's they are. Whole groups are drawn (a prompt with all its
+    languages), since utterances of a group are alike. The draws depend on the groups alone, so two
+    heads for one task can be compared draw by draw. Source: Efron and Tibshirani, "An introduction
+    to the bootstrap", 1993; for error rates: Bisani and Ney, ICASSP 2004.
+    """
+    group_of = [task.speech.utterances[i].group for i in utterances]
+    members = {group: [] for group in sorted(set(group_of))}
+    for k, group in enumerate(group_of):
+        members[group].append(k)
+    members = list(members.values())
+    random = np.random.default_rng(0)
+    draws = random.integers(len(members), size=(DRAWS, len(members)))
+
+    by_symbol = task.kind != "pool" and not (task.kind == "ctc" and task.metric in SUPERB_METRICS)
+    if not by_symbol:
+        return [
+            score(task, [predicted[k] for k in some], [targets[k] for k in some])
+            for some in ([k for g in draw for k in members[g]] for draw in draws)
+        ]
+    # Edits and symbols of each group are counted once.
+    edits = np.array([sum(edit_distance(predicted[k], targets[k]) for k in g) for g in members])
+    symbols = np.array([sum(len(targets[k]) for k in g) for g in members])
+    return (100 * edits[draws].sum(1) / symbols[draws].sum(1)).tolist()
 
 
 def to_symbols(task, numbers) -> list[str]:

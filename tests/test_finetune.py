@@ -5,6 +5,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from extras import predict
 from ofa_encoder import PRESETS, OFAEncoder
 from parts.data import SPLITS
 from parts.runs import save
-from parts.scores import average_precision, guessing, score
+from parts.scores import average_precision, bootstrap, guessing, score
 from parts.tasks import KINDS, Task, draw_splits, draw_splits_by_label, load_task
 
 REPO = Path(__file__).parent.parent
@@ -233,6 +234,48 @@ def test_guessing_is_what_the_texts_reach_when_shuffled():
     assert guessing(task, always_the_same, targets) == score(task, always_the_same, targets)
     targets = [list(range(n)) for n in range(1, 40)]
     assert guessing(task, targets, targets) == guessing(task, targets, targets)  # the same deals
+
+
+def in_groups(kind, metric, groups):
+    """A task whose utterances are in these groups."""
+    utterances = [SimpleNamespace(group=group) for group in groups]
+    return Task(kind, metric, SimpleNamespace(utterances=utterances), [], [], [])
+
+
+def test_bootstrap_draws_whole_groups():
+    """Two of three utterances share a group, one of them right: an error rate between is possible
+    only for draws of both groups."""
+    task = in_groups("ctc", "CER", ["a", "a", "b"])
+    draws = bootstrap(task, [[1], [2], [3]], [[1], [1], [3]], [0, 1, 2])
+    assert len(draws) == 200
+    assert {round(draw) for draw in draws} == {0, 33, 50}  # b b, a b, a a
+    assert np.mean(draws) == pytest.approx(30, abs=5)  # a quarter, a half, a quarter of the draws
+
+
+def test_bootstrap_counts_errors_as_the_score_does():
+    """The same draws, by edits of groups and by scores of whole splits."""
+    random = np.random.default_rng(1)
+    texts = [random.integers(5, size=random.integers(1, 9)).tolist() for _ in range(60)]
+    predicted = [text[1:] if k % 3 else text for k, text in enumerate(texts)]
+    groups = [str(k // 4) for k in range(60)]
+    task = in_groups("seq2seq", "WER", groups)
+    draws = bootstrap(task, predicted, texts, list(range(60)))
+    members = [[k for k in range(60) if groups[k] == group] for group in sorted(set(groups))]
+    some = np.random.default_rng(0).integers(15, size=(200, 15))[7]
+    drawn = [k for g in some for k in members[g]]
+    expected = score(task, [predicted[k] for k in drawn], [texts[k] for k in drawn])
+    assert draws[7] == pytest.approx(expected)
+    assert np.std(draws) > 0.5
+
+
+def test_bootstrap_of_labels():
+    task = in_groups("pool", "accuracy", [str(k) for k in range(40)])
+    right = [torch.tensor([1.0 - n % 2, n % 2]) for n in range(40)]
+    targets = [[n % 2] for n in range(40)]
+    assert set(bootstrap(task, right, targets, list(range(40)))) == {100.0}
+    targets[0] = [1]
+    draws = bootstrap(task, right, targets, list(range(40)))
+    assert np.mean(draws) == pytest.approx(97.5, abs=0.7)
 
 
 # Heads, and the points that they leave.
