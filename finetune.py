@@ -55,6 +55,7 @@ from ofa_encoder import FRAME_MS, OFAEncoder, check_lam, period_from_lam
 from parts.cache import FEATURES, FrameCache, HiddenStateCache, TrainableSource, UnfrozenEncoder
 from parts.data import SPLITS
 from parts.heads import HEADS
+from parts.rivals import RIVALS, Rival
 from parts.runs import (
     already_done,
     better,
@@ -175,11 +176,13 @@ def check(args):
     any_rate = "any" in args.lam
     if args.epochs is None:
         args.epochs = 60 if any_rate else 120
-    if any_rate and (len(args.lam) > 1 or args.unfreeze or args.features != "encoder"):
+    if any_rate and (len(args.lam) > 1 or args.unfreeze or args.features in ("logmel", "deaf")):
         raise ValueError(
             "--lam any trains one head for all λ of a frozen encoder: "
-            "it goes without further λ, --unfreeze and --features"
+            "it goes without further λ, --unfreeze and --features logmel and deaf"
         )
+    if args.features in RIVALS and (args.save_heads or args.unfreeze):
+        raise ValueError(f"--features {args.features} goes without --save-heads and --unfreeze")
     if not args.data:
         args.data = args.root if args.task in SUPERB else "asterisk"
     device = pick_device(args.device)
@@ -548,7 +551,7 @@ def prepare(args):
     Raises ValueError or OSError if one of them can't be had.
     """
     encoder = None
-    if args.features in ("encoder", "random"):
+    if args.features not in ("logmel", "deaf"):
         encoder = OFAEncoder.from_checkpoint(args.checkpoint).to(args.device)
     if args.task in SUPERB:
         task = load_superb(args.task, args.data, args.fold)
@@ -561,6 +564,8 @@ def prepare(args):
     config["data_sha1"] = short_sha1(args.data) if Path(args.data).is_file() else None
 
     if encoder:
+        if args.features in RIVALS:
+            encoder = Rival(encoder, args.features).to(args.device).eval()
         if encoder.config.compression != "cif" and any(args.lam):  # a λ over 0, or "any"
             raise ValueError(
                 f"{args.checkpoint} has one fixed rate ({encoder.config.compression}): "
@@ -654,7 +659,8 @@ def points_of_each_lam(parser, args, encoder, task, config):
 
 def points_of_any_lam(parser, args, encoder, task, config):
     """A head for all λ, for each seed that has no point yet."""
-    todo = unfinished(args, {**config, "lam": "any"}, f"{args.task}-any")
+    rival = "" if args.features == "encoder" else f"-{args.features}"
+    todo = unfinished(args, {**config, "lam": "any"}, f"{args.task}{rival}-any")
     if not todo:
         return
     began = time.time()

@@ -382,25 +382,7 @@ class OFAEncoder(nn.Module):
         x (B, S, C) and frames (B,): as `features` returns them. lam: as in `forward`; not checked.
         ends (B, S) bool: where segments end, if it is known; for Config.alpha "segments" alone.
         """
-        # How much of a token each frame is worth, and what λ makes of it. Peers have no λ.
-        if self.config.compression == "cif":
-            predicted = self.alpha_predictor(x)  # (B, S)
-            alpha = predicted
-            if self.config.alpha == "segments":
-                if ends is None:
-                    ends = segment_ends(predicted, frames, self.end_threshold)
-                alpha = segment_alpha(ends)
-            weights = modify_alpha(alpha, lam)
-        else:
-            constant = CONSTANT_ALPHA[self.config.compression]
-            alpha = torch.full(x.shape[:2], constant, device=x.device)
-            predicted = alpha
-            weights = alpha
-
-        # Merge frames into tokens.
-        weights = _enough_for_a_token(weights, frames)
-        if self.config.alpha == "segments" and self.config.compression == "cif":
-            weights = lock_to_ends(weights, ends)
+        alpha, predicted, weights = self.weigh(x, frames, lam, ends)
         fired = cif(x, weights, frames)  # tokens (B, T, C)
 
         # Contextualise the tokens. The rest is DistilHuBERT, on a shorter sequence.
@@ -409,6 +391,25 @@ class OFAEncoder(nn.Module):
         valid = torch.arange(x.shape[1], device=x.device) < fired.lengths[:, None]  # (B, T)
         hidden_states = self.transform(x, valid)
         return Encoded(hidden_states, fired.lengths, alpha, predicted, fired, frames)
+
+    def weigh(self, x, frames, lam, ends=None):
+        """How much of a token each frame is worth. Arguments as of `encode`; returns α, what the
+        predictor says, and α′, each (B, S)."""
+        if self.config.compression != "cif":  # a fixed-rate peer has no λ
+            constant = CONSTANT_ALPHA[self.config.compression]
+            alpha = torch.full(x.shape[:2], constant, device=x.device)
+            return alpha, alpha, _enough_for_a_token(alpha, frames)
+
+        predicted = self.alpha_predictor(x)
+        if self.config.alpha == "regression":
+            weights = modify_alpha(predicted, lam)
+            return predicted, predicted, _enough_for_a_token(weights, frames)
+
+        if ends is None:
+            ends = segment_ends(predicted, frames, self.end_threshold)
+        alpha = segment_alpha(ends)
+        weights = _enough_for_a_token(modify_alpha(alpha, lam), frames)
+        return alpha, predicted, lock_to_ends(weights, ends)
 
     def transform(self, x, valid):
         """Positions and layers: projected tokens x (B, T, D) -> hidden states, each (B, T, D).

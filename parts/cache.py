@@ -14,9 +14,10 @@ Whatever gives a head its input is called with a list of utterances and returns
                                 zero past the end of each utterance
     lengths (B,)                the number of tokens of each
 
-Baselines replace the encoder (--features): `random` has its shape and untrained weights, `logmel`
-is 80 log-mel channels every 20 ms, and `deaf` is one zero vector, whatever the recording: what the
-head knows without it.
+Baselines replace the encoder (--features). `average` and `merge` are one without compression, whose
+frames are merged as they are (parts/rivals.py). `random` has the encoder's shape and untrained
+weights, `logmel` is 80 log-mel channels every 20 ms, and `deaf` is one zero vector, whatever the
+recording: what the head knows without it.
 """
 
 import time
@@ -30,8 +31,9 @@ from tqdm import tqdm
 from ofa_encoder import FRAME_MS, SAMPLE_RATE, frames_of, transformer_gflops
 from parts.data import Speech, by_length, pad
 from parts.heads import tell
+from parts.rivals import RIVALS
 
-FEATURES = ("encoder", "random", "logmel", "deaf")
+FEATURES = ("encoder", *RIVALS, "random", "logmel", "deaf")
 
 
 class FrameCache:

@@ -426,6 +426,8 @@ ROWS = [
     ("any λ and one", "finetune.py --lam any 0.5", "goes without further λ"),
     ("any λ of log-mels", "finetune.py --lam any --features logmel", "--features"),
     ("any λ, unfrozen", "finetune.py --lam any --unfreeze", "--unfreeze"),
+    ("merging what is merged", "finetune.py --features merge", "--compression none"),
+    ("a head of a rival", "finetune.py --features average --save-heads", "without --save-heads"),
     ("λ is a word", "finetune.py --lam some", "invalid lam_or_any value: 'some'"),
     (
         "any λ of an encoder of one rate",

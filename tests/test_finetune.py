@@ -57,6 +57,8 @@ def run(spoken, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     save(OFAEncoder(PRESETS["tiny"]).checkpoint(), "encoder.pt")
+    none = OFAEncoder(replace(PRESETS["tiny"], compression="none"))
+    save(none.checkpoint(), "none.pt")
     base = ["finetune.py", "--checkpoint", "encoder.pt", "--data", str(spoken)]
     base += ["--epochs", "3", "--out", "out"]
 
@@ -309,6 +311,7 @@ EVERY_TASK_AND_BASELINE = [
     ("--task", "seq2seq", "--beam", "2"),
     ("--task", "seq2seq", "--features", "deaf", "--ctc-weight", "0"),
     ("--task", "pool", "--features", "random"),
+    ("--task", "pool", "--features", "merge", "--checkpoint", "none.pt", "--lam", "0.7"),
     ("--task", "pool", "--unfreeze", "--epochs", "1"),
 ]
 
