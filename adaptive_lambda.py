@@ -29,9 +29,9 @@ than a tooth see both.
 
 In both of the last two λ = 1.99 σ(r), and r is the parameter: 0 < λ < 2 whatever the optimiser
 does. λ rests for the first steps (--freeze): a head that knows nothing yet, above all one under CTC
-that emits only blanks, gives it a slope of noise. λ has its own learning rate, which falls to a
-tenth of its first value at most, and no weight decay. When it is settled the head is thrown away,
-having seen λ change all the way, and a new one is trained at the learned λ by finetune.py.
+that emits only blanks, gives it a slope of noise. λ has its own learning rate, which falls to 0
+with that of the head, and no weight decay. Then the head is thrown away, having seen λ change all
+the way, and a new one is trained at the learned λ by finetune.py.
 
 **missing**, for CTC. An utterance with fewer tokens than its text needs has an infinite loss, which
 is usually replaced by 0 (zero_infinity). So as λ grows, the hardest utterances no longer count, the
@@ -194,16 +194,13 @@ class LearnedLam(TrainableSource):
     price: added to the loss, times tokens per frame
     """
 
-    keep_last = True  # λ is where it settles, not where validation was best by chance
-
     def __init__(self, args, task, frames: FrameCache, start, price=0.0):
         super().__init__()
         # The method alone: were the encoder a submodule, model.train() would turn on its dropout.
         self.encode = frames.encoder.encode
         self.frames = frames
         self.raw = nn.Parameter(torch.logit(torch.tensor(start / LIMIT, device=frames.device)))
-        lr = args.lam_lr
-        self.groups = [{"params": [self.raw], "lr": lr, "min_lr": lr / 10, "weight_decay": 0.0}]
+        self.groups = [{"params": [self.raw], "lr": args.lam_lr, "weight_decay": 0.0}]
         self.steps_to_rest = args.freeze
         self.delta = args.delta
         self.price = price
@@ -334,15 +331,15 @@ def main():
             states = HiddenStateCache(
                 task.speech, args.features, encoder, lam, args.device, frames, in_memory
             )
-            result, head = finetune.train(args, task, states, seed)
+            lesson, of_head = finetune.train(args, task, [states], seed)
             if args.save_heads:
-                finetune.save_head(path.with_suffix(".pt"), head, encoder, lam, task)
+                finetune.save_head(path.with_suffix(".pt"), lesson.head, encoder, lam, task)
             one_price = argparse.Namespace(**{**vars(args), "price": [price]})
             point = {
                 "config": {**from_start, "seed": seed},
                 "command": command("adaptive_lambda.py", parser, one_price, start, seed),
                 "lam": lam,
-                **result,
+                **finetune.final_test(args, lesson, states, of_head),
                 "search": history,
                 "search_s": search_s,
                 **cost_of(states, frames),
@@ -371,12 +368,9 @@ def learn_lam(args, task, frames, start, price, seed):
     """λ after --lam-epochs with a head that is not kept; and the history of these epochs."""
     kind = LearnedLam if args.way == "autograd" else MeasuredLam
     source = kind(args, task, frames, start, price)
-    # λ is to settle: it gets all its epochs, whatever the validation split says meanwhile.
-    searching = argparse.Namespace(**vars(args))
-    searching.epochs = args.lam_epochs
-    searching.patience = args.lam_epochs
-    result, _ = finetune.train(searching, task, source, seed)
-    return source.lam.item(), result["history"]
+    searching = argparse.Namespace(**{**vars(args), "epochs": args.lam_epochs})
+    _, history = finetune.train(searching, task, [source], seed)
+    return source.lam.item(), history
 
 
 if __name__ == "__main__":

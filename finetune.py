@@ -3,14 +3,14 @@
     hidden states of an utterance at λ ─ head ─ symbols of a text, or labels
     (parts/cache.py)                     (parts/heads.py)  (parts/tasks.py, parts/superb.py)
 
-The encoder runs once at each λ, and its hidden states are kept. A head is trained on them until the
-validation split says stop, and tested as it was at its best epoch. So every rate gets a head of its
-own, trained to its plateau, and the curve over λ compares rates, not hours of training.
+The encoder runs once at each λ, and its hidden states are kept. A head is trained on them for
+--epochs, while the learning rate rises and falls once, and is tested as it is at the end. So every
+rate gets a head of its own, and the curve over λ compares rates, not hours of training.
 
 Such a head serves no other rate. With --lam any, one head is trained for all of them, as the
 encoder was: at each step λ = 0 and two more, drawn from the shorter and the longer tokens. It is
-told how long each token is (heads.tell), and trained for a fixed number of epochs. Then it is
-tested at forty rates, from 20 ms to some 230, at most of which it has not been trained.
+told how long each token is (heads.tell). Then it is tested at forty rates, from 20 ms to some 230,
+at most of which it has not been trained.
 
 Baselines get the same head, and other features in the encoder's place (--features). An utterance
 that λ makes too short for its text under CTC can't be transcribed in full: such utterances are
@@ -58,7 +58,6 @@ from parts.heads import HEADS
 from parts.rivals import RIVALS, Rival
 from parts.runs import (
     already_done,
-    better,
     check_numbers,
     command,
     cost_of,
@@ -75,13 +74,14 @@ from parts.tasks import KINDS, Task, load_task
 BATCH = 16  # utterances in a step
 MAX_GRADIENT_NORM = 5.0
 WEIGHT_DECAY = 0.01
+WARMUP = 0.1  # part of the steps over which the learning rate rises
+CHECKS = 10  # times that the validation split is measured in training
 
 # A head for any rate (--lam any):
 LAM_MAX = 1.6  # the largest λ it is trained at, as in pre-training
 LAMS_KEPT = 12  # values of λ whose hidden states are kept, and drawn in training
 LAMS_PER_STEP = 3
 RATES = 40  # it is tested at
-WARMUP = 0.1  # part of the steps over which the learning rate rises
 
 # Flags that are not in a point's configuration: they say where it is computed, not what. (λ and
 # the seed are put there one by one; --keep and --save-heads do not change the scores.)
@@ -138,14 +138,8 @@ def build_parser(
     add("--symbols-per-token", type=int, default=1, help="symbols that a token may emit under CTC")
     add("--ctc-weight", type=float, default=0.3, help="part of a joint CTC loss in seq2seq, 0 to 1")
     add("--beam", type=int, default=1, help="hypotheses of seq2seq; 1: greedy")
-    add("--epochs", type=int, help="at most; default 120, and 60, all of them, for --lam any")
-    add(
-        "--patience",
-        type=int,
-        default=12,
-        help="epochs without a better validation score or loss before it stops",
-    )
-    add("--lr", type=float, default=2e-3, help="of the head; halved after a third of the patience")
+    add("--epochs", type=int, default=90, help="passes over the training split")
+    add("--lr", type=float, default=3e-3, help="of the head, at its peak; it falls linearly to 0")
     add("--encoder-lr", type=float, default=1e-4, help="of the encoder, with --unfreeze")
     add(
         "--precision",
@@ -171,11 +165,9 @@ def lam_or_any(text):
 def check(args):
     """Refuse flags that can't be met, by ValueError, before any work.
 
-    Settles the data, whose default depends on the task, the epochs and the device.
+    Settles the data, whose default depends on the task, and the device.
     """
     any_rate = "any" in args.lam
-    if args.epochs is None:
-        args.epochs = 60 if any_rate else 120
     if any_rate and (len(args.lam) > 1 or args.unfreeze or args.features in ("logmel", "deaf")):
         raise ValueError(
             "--lam any trains one head for all λ of a frozen encoder: "
@@ -201,7 +193,7 @@ def check(args):
             )
         if args.unfreeze:
             raise ValueError(f"--unfreeze trains an encoder; --features {args.features} has none")
-    check_numbers(args, "seeds", "symbols_per_token", "beam", "epochs", "patience")
+    check_numbers(args, "seeds", "symbols_per_token", "beam", "epochs")
     check_numbers(args, "lr", "encoder_lr")
     check_numbers(args, "seed", zero=True)
     if not 0 <= args.ctc_weight < 1:
@@ -247,106 +239,35 @@ class Measured(NamedTuple):
     predicted: list  # of each utterance, in the order of Lesson.order
 
 
-@dataclass
-class Progress:
-    """The best epoch so far, and how many epochs ago anything last improved."""
+def train(args, task: Task, sources: list, seed):
+    """Train a head for --epochs on the hidden states of a source: [HiddenStateCache], or
+    [TrainableSource], which is trained with it. For a head of any rate, several HiddenStateCache,
+    of rising λ from 0 on.
 
-    score: float | None = None  # on the validation split
-    epoch: int = 0
-    weights: dict | None = None
-    lowest_loss: float = float("inf")
-    stale: int = 0
-
-    def update(self, epoch, valid: Measured, lesson):
-        # A loss may fall for longer than the score improves, or the other way round. An epoch is
-        # stale if neither did.
-        self.stale += 1
-        if valid.loss < self.lowest_loss:
-            self.lowest_loss = valid.loss
-            self.stale = 0
-        if self.score is None or better(lesson.task.metric, valid.score, self.score):
-            self.score = valid.score
-            self.epoch = epoch
-            self.weights = copy.deepcopy(lesson.model.state_dict())
-            self.stale = 0
-
-
-def train(args, task: Task, source: HiddenStateCache | TrainableSource, seed):
-    """Train a head on the source's hidden states until the validation split says stop; test it.
-
-    A TrainableSource is trained with it. Both are tested as they were after the epoch with the best
-    validation score. Returns the part of a point that says how it went, and the head. Raises
-    FloatingPointError if a gradient is not finite.
-    """
-    torch.manual_seed(seed)
-    lesson = make_lesson(args, task, [source])
-    lesson.trainable.begin(lesson)
-    optimizer, schedule = make_optimizer(args, lesson)
-    random = np.random.default_rng(seed)  # of the order of batches
-    progress = Progress()
-    history = []
-    bar = tqdm(range(args.epochs), desc=f"seed {seed}", unit=" epochs", leave=False)
-    for epoch in bar:
-        try:
-            train_loss = train_epoch(args, lesson, optimizer, random)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"seed {seed}, epoch {epoch + 1}: {error}") from None
-        valid = measure(lesson, "valid", source)
-        watched = lesson.trainable.watch()  # λ, if it is learned
-        losses = {"train_loss": train_loss, "valid_loss": valid.loss, "valid": valid.score}
-        history.append({**losses, **watched})
-
-        # The learning rate is halved before patience runs out: perhaps smaller steps help.
-        schedule.step(valid.loss)
-        progress.update(epoch, valid, lesson)
-        bar.set_postfix_str(
-            f"valid {task.metric} {valid.score:.1f} %, best {progress.score:.1f} %, "
-            f"loss {valid.loss:.3f}"
-        )
-        if progress.stale >= args.patience:
-            break
-
-    best, best_epoch = progress.score, progress.epoch
-    if lesson.trainable.keep_last:
-        best, best_epoch = valid.score, epoch
-    else:
-        lesson.model.load_state_dict(progress.weights)
-    point = {
-        **final_test(lesson, source),
-        "valid": best,
-        "epochs": epoch + 1,
-        "best_epoch": best_epoch + 1,
-        "bf16": use_bf16(args, torch.device(args.device)),
-        "history": history,
-    }
-    return point, lesson.head
-
-
-def train_any(args, task: Task, sources: list[HiddenStateCache], seed):
-    """Train a head on the hidden states of all sources, of rising λ from 0 on, for --epochs.
-
-    Returns the mean training loss of each epoch, and the lesson, whose head is trained.
+    Returns the lesson, whose head is trained, and the history: losses of each epoch, and now and
+    then how the first source's validation split does. Raises FloatingPointError if a gradient is
+    not finite.
     """
     torch.manual_seed(seed)
     lesson = make_lesson(args, task, sources)
-    optimizer, _ = make_optimizer(args, lesson)
-    # No single rate can say when to stop. So the learning rate rises and falls once, and all
-    # epochs are used.
-    steps = args.epochs * len(lesson.batches("train"))
-    rise = max(1, WARMUP * steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise), 1)
-    )
+    lesson.trainable.begin(lesson)
+    optimizer, schedule = make_optimizer(args, lesson)
     random = np.random.default_rng(seed)  # of the order of batches, and of λ
-    losses = []
-    bar = tqdm(range(args.epochs), desc=f"seed {seed}", unit=" epochs", leave=False)
+    history = []
+    bar = tqdm(range(1, args.epochs + 1), desc=f"seed {seed}", unit=" epochs", leave=False)
     for epoch in bar:
         try:
-            losses.append(train_epoch(args, lesson, optimizer, random, schedule))
+            train_loss = train_epoch(args, lesson, optimizer, schedule, random)
         except FloatingPointError as error:
-            raise FloatingPointError(f"seed {seed}, epoch {epoch + 1}: {error}") from None
-        bar.set_postfix_str(f"loss {losses[-1]:.3f}")
-    return losses, lesson
+            raise FloatingPointError(f"seed {seed}, epoch {epoch}: {error}") from None
+        history.append({"train_loss": train_loss, **lesson.trainable.watch()})
+        if epoch % max(1, args.epochs // CHECKS) == 0 or epoch == args.epochs:
+            valid = measure(lesson, "valid", sources[0])
+            history[-1] |= {"valid_loss": valid.loss, "valid": valid.score}
+            bar.set_postfix_str(
+                f"loss {train_loss:.3f}, valid {valid.loss:.3f}, {task.metric} {valid.score:.1f} %"
+            )
+    return lesson, history
 
 
 def make_lesson(args, task, sources) -> Lesson:
@@ -388,7 +309,7 @@ def sample_states(task, source):
     return torch.cat(rows, 1)
 
 
-def build_head(args, task, layers, dim, told):
+def build_head(args, task, layers, dim, told=False):
     """A new head for the task. layers (L + 1), dim (D): of the hidden states; told: whether they
     carry the durations of tokens."""
     sizes = {"layers": layers, "dim": dim, "symbols": len(task.symbols), "told": told}
@@ -405,20 +326,19 @@ def build_head(args, task, layers, dim, told):
 
 
 def make_optimizer(args, lesson):
-    """AdamW over all that is trained, and the rule by which the learning rate falls."""
+    """AdamW over all that is trained, and the rule by which learning rates rise and fall."""
     groups = [{"params": lesson.head.parameters()}, *lesson.trainable.groups]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer,
-        factor=0.5,
-        patience=max(1, args.patience // 3),
-        min_lr=[group.get("min_lr", 0.0) for group in groups],
+    steps = args.epochs * len(lesson.batches("train"))
+    rise = max(1, WARMUP * steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise), 1)
     )
     return optimizer, schedule
 
 
-def train_epoch(args, lesson, optimizer, random, schedule=None) -> float:
-    """One pass over the training split; returns its mean loss. schedule: of each step, if any."""
+def train_epoch(args, lesson, optimizer, schedule, random) -> float:
+    """One pass over the training split; returns its mean loss."""
     bf16 = use_bf16(args, torch.device(args.device))
     lesson.model.train()
     batches = lesson.batches("train")
@@ -444,8 +364,7 @@ def train_epoch(args, lesson, optimizer, random, schedule=None) -> float:
                 f"loss {loss.item()}, gradient {norm.item()}, utterances {ids}; try a smaller --lr"
             )
         optimizer.step()
-        if schedule:
-            schedule.step()
+        schedule.step()
         mean_loss += loss.item() / len(batches)
     return mean_loss
 
@@ -477,12 +396,19 @@ def measure(lesson, split, source) -> Measured:
 
 
 @torch.no_grad()
-def final_test(lesson, source) -> dict:
-    """The part of a point that says how the trained head does on the test split."""
+def final_test(args, lesson, source, history) -> dict:
+    """The part of a point that says how the head was trained, and how it does on the test split."""
     task = lesson.task
     measured = measure(lesson, "test", source)
     targets = [lesson.targets[i] for i in lesson.order["test"]]
-    point = {"metric": task.metric, "test": measured.score}
+    point = {
+        "metric": task.metric,
+        "test": measured.score,
+        "valid": history[-1]["valid"],
+        "epochs": args.epochs,
+        "bf16": use_bf16(args, torch.device(args.device)),
+        "history": history,
+    }
     if task.second:
         point[f"test {task.second}"] = score(task, measured.predicted, targets, task.second)
     point["guessing"] = guessing(task, measured.predicted, targets)
@@ -630,9 +556,10 @@ def points_of_each_lam(parser, args, encoder, task, config):
             if args.unfreeze:
                 own = copy.deepcopy(encoder)  # each head begins with the encoder as it was
                 source = UnfrozenEncoder(task.speech, own, lam, args.device, args.encoder_lr)
-            result, head = train(args, task, source, seed)
+            lesson, history = train(args, task, [source], seed)
+            result = final_test(args, lesson, source, history)
             if args.save_heads:
-                save_head(path.with_suffix(".pt"), head, source.encoder, lam, task)
+                save_head(path.with_suffix(".pt"), lesson.head, source.encoder, lam, task)
             if args.unfreeze:  # it costs what it costs now: training has moved α, too
                 frames = FrameCache(task.speech, own, args.device, keep=False)
                 states = HiddenStateCache(
@@ -652,8 +579,8 @@ def points_of_each_lam(parser, args, encoder, task, config):
                 too_short = f", {count} too short for CTC"
             print(
                 f"λ = {lam:g} ({states.period_ms:.1f} ms), seed {seed}: "
-                f"test {task.metric} {point['test']:.1f} %, best of {point['epochs']} epochs, "
-                f"{time.time() - started:.0f} s{too_short}{warning(point)}"
+                f"test {task.metric} {point['test']:.1f} %, {time.time() - started:.0f} s"
+                f"{too_short}{warning(point)}"
             )
 
 
@@ -683,7 +610,7 @@ def points_of_any_lam(parser, args, encoder, task, config):
     ]
     for seed, path in todo.items():
         started = time.time()
-        losses, lesson = train_any(args, task, learned, seed)
+        lesson, history = train(args, task, learned, seed)
         train_s = prepare_s + time.time() - started
         if args.save_heads:
             save_head(path.with_suffix(".pt"), lesson.head, encoder, "any", task)
@@ -693,11 +620,8 @@ def points_of_any_lam(parser, args, encoder, task, config):
         point = {
             "config": {**config, "lam": "any", "seed": seed},
             "command": command("finetune.py", parser, args, "any", seed),
-            **final_test(lesson, tested[0]),  # at λ = 0; all rates are in the rows
-            "valid": rows[0]["valid"],
+            **final_test(args, lesson, tested[0], history),  # at λ = 0; all rates are in the rows
             "rows": rows,
-            "epochs": args.epochs,
-            "history": losses,
             **cost_of(tested[0], frames),
             "train_s": train_s,
             "test_s": test_s,

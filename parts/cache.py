@@ -156,7 +156,6 @@ class TrainableSource(nn.Module):
 
     groups = ()  # its parameters, as groups for the optimiser
     cost = 0.0  # of the last batch: added to the head's loss
-    keep_last = False  # keep the last epoch, not the one with the best validation score
 
     def begin(self, lesson):
         """Before the first step: lesson is finetune's, with the head and the targets."""

@@ -259,8 +259,10 @@ def test_search_uses_one_head_for_all_prices(run, monkeypatch, capsys):
 
 
 def test_a_price_buys_longer_tokens(run):
-    (free,) = run("--lam", "0.5").values()
-    priced = run("--lam", "0.5", "--price", "30")["pool-autograd-price30-from0.5-seed0.json"]
+    (free,) = run("--lam-lr", "0.1", "--lam", "0.5").values()
+    priced = run("--lam-lr", "0.1", "--lam", "0.5", "--price", "30")[
+        "pool-autograd-price30-from0.5-seed0.json"
+    ]
     assert priced["search"][-1]["lam"] > free["search"][-1]["lam"] + 0.05
     assert all(0 < epoch["lam"] < 2 for epoch in priced["search"])
     assert priced["search"][-1]["period_ms"] > priced["search"][0]["period_ms"]

@@ -499,20 +499,6 @@ def test_another_fold_is_another_configuration(run, laid):
         run("--task", "er", "--data", laid("er"), "--epochs", "1", "--fold", "3")
 
 
-@pytest.mark.parametrize("name, better", [("asr", min), ("sf", max)])
-def test_the_better_epoch_is_kept(run, laid, monkeypatch, name, better):
-    scores = iter([50.0, 60.0, 40.0, 0.0])  # on valid, after each of three epochs, and on test
-
-    def score(task, predicted, targets, metric=""):
-        return 7.0 if metric else next(scores)  # a metric is given for the second one alone
-
-    monkeypatch.setattr(finetune, "score", score)
-    monkeypatch.setattr(finetune, "guessing", lambda task, predicted, targets: 0.0)
-    point = run("--task", name, "--data", laid(name), "--epochs", "3")
-    assert point["valid"] == better(50, 60, 40)
-    assert point["test"] == 0
-
-
 # What is missing or damaged.
 
 
