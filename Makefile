@@ -5,7 +5,7 @@
 # make fuzz       property tests with 10,000 cases each, and 20 kills of a pre-training: 15 minutes
 # make notebooks  execute the notebooks and keep what they print and draw
 # make results    tables and figures of results/, from the points there (a minute)
-# make sweep      pre-train the peers and compute all points anew, into runs/results: some eight
+# make sweep      pre-train all encoders and compute all points anew, into runs/results: some twenty
 #                 hours on one core; a stopped sweep goes on with the same command
 # make benchmark  how fast this is, beside its goals (minutes; leave the machine alone meanwhile)
 #
@@ -13,15 +13,32 @@
 # RESULTS=FOLDER takes another folder for sweep and results.
 
 PYTHON ?= python3
-PEERS = none average2 average4 lam0.51 lam0.78 lam1.04
 TASKS = pool ctc seq2seq
 RESULTS = results
-OFA = --checkpoint checkpoints/ofa-tiny.pt
+
+# Encoders, by name. Those with -seed1 and -seed2 are pre-trained with these seeds.
+OFA = ofa ofa-seed1 ofa-seed2
+PEERS = none none-seed1 none-seed2 lam1.04 lam1.04-seed1 lam1.04-seed2 \
+	average2 average4 lam0.51 lam0.78
+
+# How each is pre-trained. Once-for-all may take the time of the six peers that it stands for. The
+# last four are compared with each other: K = 1, 2, 3 values of λ a step take equal time.
+steps_ofa = --steps 9000
+steps_segments = --steps 3000 --alpha segments
+steps_k1 = --steps 5000 --lams-per-step 1
+steps_k2 = --steps 3600 --lams-per-step 2
+steps_k3 = --steps 3000
+PEER_STEPS = --steps 3000
+name_of = $(firstword $(subst -seed, ,$1))
+seed_of = $(or $(word 2,$(subst -seed, ,$1)),0)
+peer_of = $(if $(filter lam%,$1),--lam $(1:lam%=%),--compression $1)
+recipe_of = $(or $(steps_$1),$(PEER_STEPS) $(call peer_of,$1))
 
 # Several small jobs side by side are faster than one with several threads.
 ONE_THREAD = OMP_NUM_THREADS=1 .venv/bin/python
-FINETUNE = $(ONE_THREAD) finetune.py --seeds 3
-LEARN = $(ONE_THREAD) adaptive_lambda.py $(OFA) --out $(RESULTS)/adaptive
+HEADS = --seeds 3 $(if $(filter seq2seq,$1),--epochs 40)
+FINETUNE = $(ONE_THREAD) finetune.py $(call HEADS,$1) --task $1
+LEARN = $(ONE_THREAD) adaptive_lambda.py $(call HEADS,$1) --task $1
 
 demo: data/asterisk.pt
 	@echo "== pre-training; a stopped run goes on with the same command"
@@ -48,47 +65,56 @@ benchmark: data/asterisk.pt
 
 results: data/asterisk.pt
 	.venv/bin/python -m extras.firing checkpoints/ofa-tiny.pt $(RESULTS)/firing/ofa.json
+	.venv/bin/python -m extras.claims $(RESULTS)
 	.venv/bin/python -m extras.results $(RESULTS)
 
 sweep: RESULTS = runs/results
-sweep: points-ofa $(PEERS:%=points-%) points-baselines points-adaptive
+sweep: points-any points-ofa points-peers points-segments points-rivals points-baselines \
+		points-learned
 	$(MAKE) results RESULTS=$(RESULTS)
 
-points-ofa: data/asterisk.pt
-	for task in $(TASKS); do \
-		$(FINETUNE) $(OFA) --task $$task --lam 0 0.51 0.78 1.04 1.53 \
-			--out $(RESULTS)/ofa || exit 1; \
-	done
-	$(FINETUNE) $(OFA) --task ctc --symbols-per-token 3 --lam 0.78 1.04 1.53 \
-		--out $(RESULTS)/slots
+# One head for all rates, for each task and seed, and the best λ at several prices.
+points-any: $(OFA:%=points-any-%)
+points-any-%: runs/%/encoder.pt
+	$(foreach task,$(TASKS),$(call LEARN,$(task)) --way search --price 0 0.3 1 3 \
+		--checkpoint $< --out $(RESULTS)/$(*:ofa%=any%) &&) true
 
-points-baselines: data/asterisk.pt
-	for task in $(TASKS); do \
-		$(FINETUNE) --features logmel --task $$task --out $(RESULTS)/baselines && \
-		$(FINETUNE) --features random $(OFA) --task $$task --out $(RESULTS)/baselines \
-			|| exit 1; \
-	done
-	$(FINETUNE) --features deaf --task seq2seq --out $(RESULTS)/baselines
+# A head of its own at each of five rates, on the first of the encoders.
+points-ofa: runs/ofa/encoder.pt
+	$(foreach task,$(TASKS),$(call FINETUNE,$(task)) --lam 0 0.51 0.78 1.04 1.53 \
+		--checkpoint $< --out $(RESULTS)/ofa &&) true
+	$(call FINETUNE,ctc) --symbols-per-token 3 --lam 0.78 1.04 1.53 \
+		--checkpoint $< --out $(RESULTS)/slots
 
-points-adaptive: data/asterisk.pt
-	for task in $(TASKS); do $(LEARN) --task $$task --seeds 3 || exit 1; done
-	for price in 0.3 1 3; do \
-		$(LEARN) --task ctc --lam 0.6 --price $$price || exit 1; \
-	done
-	for price in 0.01 0.03 0.1; do \
-		$(LEARN) --task pool --lam 0.6 --price $$price || exit 1; \
-	done
+# Each peer at its rate. A peer is named by its compression, or by its λ.
+points-peers: $(PEERS:%=points-peer-%)
+points-peer-%: runs/%/encoder.pt
+	$(foreach task,$(TASKS),$(call FINETUNE,$(task)) --checkpoint $< \
+		--lam $(or $(patsubst lam%,%,$(filter lam%,$(call name_of,$*))),0) \
+		--out $(RESULTS)/$* &&) true
 
-# A peer is named by its compression, or by its λ.
-points-%: runs/%/encoder.pt
-	for task in $(TASKS); do \
-		$(FINETUNE) --checkpoint $< --task $$task \
-			--lam $(if $(filter lam%,$*),$(*:lam%=%),0) --out $(RESULTS)/$* || exit 1; \
-	done
+# Tokens that end where segments end, beside an encoder that had as many steps; and K = 1, 2, 3.
+points-segments: $(addprefix points-any-,segments k1 k2 k3)
+
+points-rivals: runs/none/encoder.pt
+	$(foreach task,$(TASKS),$(foreach by,average merge,$(call FINETUNE,$(task)) --lam any \
+		--features $(by) --checkpoint $< --out $(RESULTS)/rivals &&)) true
+
+points-baselines: runs/ofa/encoder.pt
+	$(foreach task,$(TASKS),\
+		$(call FINETUNE,$(task)) --features logmel --out $(RESULTS)/baselines && \
+		$(call FINETUNE,$(task)) --features random --checkpoint $< \
+			--out $(RESULTS)/baselines &&) true
+	$(call FINETUNE,seq2seq) --features deaf --out $(RESULTS)/baselines
+
+# λ learned with a head, from three starts, in the paper's way and by differences.
+points-learned: runs/ofa/encoder.pt
+	$(foreach task,$(TASKS),$(foreach way,differences autograd,$(call LEARN,$(task)) \
+		--way $(way) --checkpoint $< --out $(RESULTS)/learned &&)) true
 
 runs/%/encoder.pt: | data/asterisk.pt
-	$(ONE_THREAD) pretrain.py --steps 3000 --resume --out runs/$* \
-		$(if $(filter lam%,$*),--lam $(*:lam%=%),--compression $*)
+	$(ONE_THREAD) pretrain.py --resume --out runs/$* --seed $(call seed_of,$*) \
+		$(call recipe_of,$(call name_of,$*))
 	mkdir -p $(RESULTS)/pretraining && cp runs/$*/table.json $(RESULTS)/pretraining/$*.json
 
 data/asterisk.pt: | .venv/installed

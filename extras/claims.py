@@ -1,0 +1,306 @@
+"""What may be claimed: comparisons with their intervals, and a verdict on each.
+
+    results/MODEL/*.json        points (see extras/results.py); MODEL-seed1, MODEL-seed2: the same
+                                model, pre-trained with other seeds
+    results/claims.json         a list of claims: each with its numbers, the command that makes the
+                                points, and a verdict
+
+A difference between two models owes something to the seeds of pre-training, something to the seeds
+of the heads, and something to the utterances that happen to be in the test split. So it is made
+anew 200 times: encoders are drawn with replacement, then heads of each, and of each head its score
+on one of 200 resampled test splits (scores.bootstrap), the same for both models. The interval is
+what the middle 95 % of these differences lie in. A difference whose interval holds 0 is not called
+one.
+
+A curve is read between two of its rates by linear interpolation in the frame period.
+
+    python -m extras.claims results
+"""
+
+import parts  # noqa: F401  before torch: it sets how the threads of torch wait
+
+# isort: split
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from extras.firing import table
+from parts.runs import HIGHER_IS_BETTER, read_point
+
+TASKS = {
+    "ctc": "characters (CTC)",
+    "seq2seq": "translation (seq2seq)",
+    "pool": "concepts (pooling)",
+}
+PEERS = {
+    "none": "no compression",
+    "lam0.51": "CIF at λ = 0.51",
+    "average2": "average of 2",
+    "lam0.78": "CIF at λ = 0.78",
+    "average4": "average of 4",
+    "lam1.04": "CIF at λ = 1.04",
+}
+WITHIN = 1.0  # points of the metric in which two models count as equally good
+GRID = (20, 33, 52, 95, 190)  # ms, at which one head is compared with heads of their own
+
+
+# 1. Curves.
+
+
+class Head(NamedTuple):
+    """One head on one encoder, or heads of one seed at several λ: its scores over the rate."""
+
+    encoder: str  # the hash of its checkpoint
+    periods: np.ndarray  # (R,) in ms, ascending
+    test: np.ndarray  # (R,)
+    draws: np.ndarray  # (R, 200) on resampled test splits
+
+
+def load_heads(folder, model, task, which="own", features="encoder") -> list[Head]:
+    """The heads of a model and those of its other pre-training seeds.
+
+    which: "any", one head for all rates; or "own", a head at each λ, which are gathered by seed.
+    """
+    gathered = defaultdict(list)  # {(encoder, seed): rows}
+    folders = [folder / model, *sorted(folder.glob(f"{model}-seed*"))]
+    for path in [path for place in folders for path in sorted(place.glob(f"{task}-*.json"))]:
+        point = read_point(path)
+        config = point["config"]
+        is_any = config.get("lam") == "any"
+        if config["features"] != features or "way" in config or is_any != (which == "any"):
+            continue
+        rows = point["rows"] if is_any else [point]
+        if "bootstrap" in rows[0]:
+            gathered[config["checkpoint_sha1"], config["seed"]] += rows
+    heads = []
+    for (encoder, _), rows in gathered.items():
+        rows.sort(key=lambda row: row["frame_period_ms"])
+        columns = [[row[name] for row in rows] for name in ("frame_period_ms", "test", "bootstrap")]
+        heads.append(Head(encoder, *map(np.array, columns)))
+    return heads
+
+
+def read_at(heads, period) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (H,) and draws (H, 200) of each head at a frame period in ms."""
+    tests = [np.interp(period, head.periods, head.test) for head in heads]
+    draws = [[np.interp(period, head.periods, column) for column in head.draws.T] for head in heads]
+    return np.array(tests), np.array(draws)
+
+
+def resample(heads, draws, random) -> np.ndarray:
+    """(200,): for each resampled test split the mean score of heads that are drawn anew."""
+    of_encoder = defaultdict(list)
+    for k, head in enumerate(heads):
+        of_encoder[head.encoder].append(k)
+    of_encoder = list(of_encoder.values())
+    result = []
+    for d in range(draws.shape[1]):
+        encoders = random.integers(len(of_encoder), size=len(of_encoder))
+        drawn = [random.choice(of_encoder[e], size=len(of_encoder[e])) for e in encoders]
+        result.append(np.mean([draws[some, d].mean() for some in drawn]))
+    return np.array(result)
+
+
+class Difference(NamedTuple):
+    """How much better ours is than theirs, in points of the metric, with a 95 % interval."""
+
+    task: str
+    beside: str  # what theirs is
+    period: float  # ms
+    ours: float
+    theirs: float
+    better: float
+    low: float
+    high: float
+    encoders: int  # of ours and theirs, the smaller number
+    heads: int
+
+    def __str__(self):
+        return f"{self.better:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+
+
+def compare(task, metric, beside, ours, theirs, period, their_period=None) -> Difference:
+    """ours, theirs: heads; their_period: if it is not the same."""
+    sign = 1 if metric in HIGHER_IS_BETTER else -1
+    random = np.random.default_rng(0)
+    our_tests, our_draws = read_at(ours, period)
+    their_tests, their_draws = read_at(theirs, their_period or period)
+    apart = sign * (resample(ours, our_draws, random) - resample(theirs, their_draws, random))
+    low, high = np.percentile(apart, [2.5, 97.5])
+    return Difference(
+        task,
+        beside,
+        round(float(period), 1),
+        float(our_tests.mean()),
+        float(their_tests.mean()),
+        float(sign * (our_tests.mean() - their_tests.mean())),
+        float(low),
+        float(high),
+        min(len({head.encoder for head in heads}) for heads in (ours, theirs)),
+        min(len(ours), len(theirs)),
+    )
+
+
+# 2. Claims.
+
+
+METRIC_OF = {"ctc": "CER", "seq2seq": "WER", "pool": "mAP"}
+
+
+def verdict_within(differences) -> str:
+    """Whether ours is as good as theirs everywhere, to within a point."""
+    if not differences:
+        return "not measured"
+    worse = [d for d in differences if d.better < -WITHIN]
+    surely = [d for d in worse if d.high < 0]
+    if surely:
+        return "no"
+    return "not shown" if worse else "yes"
+
+
+def claim(text, command, differences, verdict) -> dict:
+    return {
+        "claim": text,
+        "command": command,
+        "verdict": verdict,
+        "numbers": [d._asdict() for d in differences],
+    }
+
+
+def against_peers(folder) -> dict:
+    """One encoder and one head for all rates against encoders and heads of one rate."""
+    differences = []
+    for task, metric in METRIC_OF.items():
+        ours = load_heads(folder, "any", task, "any")
+        for peer, name in PEERS.items():
+            theirs = load_heads(folder, peer, task)
+            if ours and theirs:
+                period = float(np.mean([head.periods[0] for head in theirs]))
+                differences.append(compare(task, metric, name, ours, theirs, period))
+    return claim(
+        "one encoder with one head is as good at each rate as an encoder and a head made for it",
+        "make points-any points-peers",
+        differences,
+        verdict_within(differences),
+    )
+
+
+def against_own_heads(folder) -> dict:
+    """One head for all rates against heads of their own, on one encoder."""
+    differences = []
+    for task, metric in METRIC_OF.items():
+        ours = load_heads(folder, "any", task, "any")
+        theirs = load_heads(folder, "ofa", task)
+        encoders = {head.encoder for head in theirs}
+        ours = [head for head in ours if head.encoder in encoders]
+        for k in range(len(theirs[0].periods) if theirs and ours else 0):
+            period = float(np.mean([head.periods[k] for head in theirs]))
+            differences.append(compare(task, metric, "a head of its own", ours, theirs, period))
+    return claim(
+        "one head serves every rate as well as a head trained at that rate alone",
+        "make points-any points-ofa",
+        differences,
+        verdict_within(differences),
+    )
+
+
+def against_rivals(folder) -> dict:
+    """Pre-training with compression against frames that are merged without any training."""
+    differences = []
+    for task, metric in METRIC_OF.items():
+        ours = load_heads(folder, "any", task, "any")
+        for by in ("average", "merge"):
+            theirs = load_heads(folder, "rivals", task, "any", by)
+            for period in (50, 90) if ours and theirs else ():
+                name = {"average": "averaged frames", "merge": "merged frames"}[by]
+                differences.append(compare(task, metric, name, ours, theirs, period))
+    verdict = "not measured"
+    if differences:
+        verdict = "yes" if all(d.low > 0 for d in differences) else "not everywhere"
+    return claim(
+        "pre-training with compression beats merging the frames of an encoder without",
+        "make points-any points-rivals",
+        differences,
+        verdict,
+    )
+
+
+def against_log_mels(folder) -> dict:
+    """The encoder against log-mels, which have one rate, 20 ms."""
+    differences = []
+    for task, metric in METRIC_OF.items():
+        ours = load_heads(folder, "any", task, "any")
+        theirs = load_heads(folder, "baselines", task, features="logmel")
+        for period in (20, 33, 50, 90) if ours and theirs else ():
+            differences.append(compare(task, metric, "log-mels", ours, theirs, period, 20))
+    verdict = "not measured"
+    if differences:
+        verdict = "yes" if all(d.low > 0 for d in differences) else "not everywhere"
+    return claim(
+        "the encoder is better than log-mels, compressed too",
+        "make points-any points-baselines",
+        differences,
+        verdict,
+    )
+
+
+def all_claims(folder) -> list[dict]:
+    makers = (against_peers, against_own_heads, against_rivals, against_log_mels)
+    return [make(folder) for make in makers]
+
+
+# 3. The page.
+
+
+def claims_table(claims) -> str:
+    """A row for each claim: its verdict, and the comparison in which it does worst."""
+    rows = []
+    for entry in claims:
+        worst = "–"
+        if entry["numbers"]:
+            d = Difference(**min(entry["numbers"], key=lambda number: number["better"]))
+            worst = f"{d} {METRIC_OF[d.task]} at {d.period:.0f} ms, beside {d.beside}"
+        rows.append([entry["claim"], entry["verdict"], worst])
+    return table(["claim", "here", "where it does worst"], rows)
+
+
+def numbers_table(entry) -> str:
+    """Every comparison of a claim: a row for each rate and rival, a column for each task."""
+    rows = defaultdict(dict)  # {(rival, period): {task: difference}}
+    for number in entry["numbers"]:
+        d = Difference(**number)
+        rows[d.beside, round(d.period)][d.task] = d
+    lines = [
+        [beside, f"{period} ms", *(str(found.get(task, "")) for task in TASKS)]
+        for (beside, period), found in rows.items()
+    ]
+    return table(["beside", "at", *(f"{TASKS[t]}, {METRIC_OF[t]}" for t in TASKS)], lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.claims",
+        description="Make claims.json, and print it as tables.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("folder", nargs="?", default="results", help="where the points are")
+    folder = Path(parser.parse_args().folder)
+    claims = all_claims(folder)
+    text = json.dumps(claims, indent=1, ensure_ascii=False)
+    (folder / "claims.json").write_text(text + "\n", encoding="utf-8")
+    print(claims_table(claims))
+    for entry in claims:
+        if entry["numbers"]:
+            print(f"\n{entry['claim']}: {entry['verdict']}\n\n{numbers_table(entry)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"claims.py: {error}")
