@@ -1,6 +1,7 @@
 """What was found: tables and figures, made from the points of finetune.py and adaptive_lambda.py.
 
-    results/MODEL/*.json   a point each: one task, λ and seed (`make sweep` computes them anew)
+    results/MODEL/*.json   a point each: one task, λ and seed (`make sweep` computes them anew);
+                           MODEL-seed1 and MODEL-seed2: the same, pre-trained with these seeds
     results/pretraining/   the tables that pretrain.py printed about the encoders
     results/firing/        what firing.py found
 
@@ -8,9 +9,8 @@
     results/tradeoff.png   the metric over frame period and over cost, for CTC, seq2seq and pooling
     results/lambda.png     λ over epochs, from each starting point
 
-Every number is a mean over seeds of the head, ± its standard deviation; each encoder was
-pre-trained once. Between the λ of the grid, the curve is read by linear interpolation in the frame
-period.
+Every number is a mean over heads, of all pre-training seeds that there are, ± their standard
+deviation. Between the λ of the grid, the curve is read by linear interpolation in the frame period.
 
     python -m extras.results results
 """
@@ -20,6 +20,7 @@ import parts  # noqa: F401  before torch: it sets how the threads of torch wait
 # isort: split
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -28,29 +29,33 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+from extras.claims import (
+    METRIC_OF,
+    PEERS,
+    TASKS,
+    all_claims,
+    claims_table,
+    load_heads,
+    numbers_table,
+    read_at,
+)
 from extras.firing import TOLERANCE_MS, firing_table, table
 from parts.figures import COLOURS, STYLE
 from parts.runs import differing, read_point
 
-METRIC_OF = {"ctc": "CER", "seq2seq": "WER", "pool": "mAP"}
-TASKS = {
-    "ctc": "characters (CTC)",
-    "seq2seq": "translation (seq2seq)",
-    "pool": "concepts (pooling)",
-}
 ENCODERS = {
     "ofa": "once-for-all",
     "segments": "once-for-all, segments",
     "ofa-one-lam": "once-for-all, one λ a step",
 }
-PEERS = {
-    "none": "no compression",
-    "average2": "average of 2",
-    "average4": "average of 4",
-    "lam0.51": "CIF at λ = 0.51",
-    "lam0.78": "CIF at λ = 0.78",
-    "lam1.04": "CIF at λ = 1.04",
+ONE_HEAD = {  # models of which there are heads for all rates
+    "any": "once-for-all, one head",
+    "segments": "segments, one head",
+    "k1": "K = 1, one head",
+    "k2": "K = 2, one head",
+    "k3": "K = 3, one head",
 }
+SHOWN_MS = (20, 25, 33, 50, 70, 90, 130, 180)  # of the forty rates
 BASELINES = {"logmel": "log-mel", "random": "untrained encoder", "deaf": "deaf"}
 LEGEND = """\
 ± is the standard deviation over seeds of the head. *ms / token*: mean frame period of all
@@ -74,10 +79,10 @@ class Setting(NamedTuple):
 
 
 def load_points(folder) -> dict[Setting, list[dict]]:
-    """The points under folder, a list of seeds for each setting.
+    """The points under folder, a list of seeds for each setting, without heads for any rate.
 
     Raises ValueError where there are none, or where points of one setting differ in more than the
-    seed.
+    seeds of the head and of pre-training.
     """
     points = {}
     for path in sorted(folder.glob("*/*.json")):
@@ -85,8 +90,11 @@ def load_points(folder) -> dict[Setting, list[dict]]:
             continue
         point = read_point(path)
         config = point["config"]
+        if config.get("lam") == "any":
+            continue
+        model = re.sub(r"-seed\d+$", "", path.parent.name)
         setting = Setting(
-            model=path.parent.name,
+            model=model,
             task=config["task"],
             features=config["features"],
             lam=config.get("lam", config.get("start")),
@@ -94,7 +102,8 @@ def load_points(folder) -> dict[Setting, list[dict]]:
         )
         beside = points.setdefault(setting, [])
         beside.append(point)
-        differ = set(differing(config, beside[0]["config"])) - {"seed"}
+        seeds = {"seed"} if model == path.parent.name else {"seed", "checkpoint_sha1"}
+        differ = set(differing(config, beside[0]["config"])) - seeds
         if differ:
             raise ValueError(
                 f"{path} is of another configuration than the points with other seeds beside it "
@@ -188,6 +197,60 @@ def tradeoff_table(points, task) -> str:
         rows.append([name, lam, period, gflops, summary, summary.seeds, epochs, short])
     metric = f"{METRIC_OF[task]} %"
     header = ["model", "λ", "ms / token", "GFLOPs / s", metric, "seeds", "epochs", "too short"]
+    return table(header, rows)
+
+
+def any_table(folder, task) -> str:
+    """Heads for all rates: a row for each model, a column for some of the forty frame periods."""
+    rows = []
+    for model, name in ONE_HEAD.items():
+        heads = load_heads(folder, model, task, "any")
+        if heads:
+            rows.append([name, len(heads), *scores_at(heads)])
+    for by in ("average", "merge"):
+        heads = load_heads(folder, "rivals", task, "any", by)
+        if heads:
+            rows.append([f"no compression, {by}, one head", len(heads), *scores_at(heads)])
+    return table(["model", "heads", *(f"{period} ms" for period in SHOWN_MS)], rows)
+
+
+def scores_at(heads) -> list[str]:
+    """The mean score ± its standard deviation at each period of SHOWN_MS."""
+    tests = [read_at(heads, period)[0] for period in SHOWN_MS]
+    return [plus_minus(t.mean(), standard_deviation(t), 1) for t in tests]
+
+
+def search_table(folder) -> str:
+    """The λ that was found on the curve of a head for all rates, at each price."""
+    found = {}  # {(task, price): points}
+    for path in sorted(folder.glob("any*/*-search-*.json")):
+        point = read_point(path)
+        key = (point["config"]["task"], point["config"]["price"])
+        found.setdefault(key, []).append(point)
+    rows = []
+    for task, name in TASKS.items():
+        heads = load_heads(folder, "any", task, "any")
+        for (of_task, price), points in sorted(found.items()):
+            if of_task != task:
+                continue
+            summary = Summary(points)
+            best = [gain(task, head.test, 0).max() for head in heads]
+            lams = [point["lam"] for point in points]
+            periods = [point["frame_period_ms"] for point in points]
+            rows.append(
+                [
+                    name,
+                    f"{price:g}",
+                    len(points),
+                    plus_minus(np.mean(lams), standard_deviation(lams), 2),
+                    plus_minus(np.mean(periods), standard_deviation(periods), 0),
+                    summary,
+                    f"{abs(np.mean(best)):.1f}",
+                    f"{summary.minutes + min(p['test_s'] for p in points) / 60:.1f}",
+                ]
+            )
+    header = ["task", "price", "heads", "λ found", "ms / token", "metric %"]
+    header += ["best of the forty, by test", "minutes, fastest"]
     return table(header, rows)
 
 
@@ -297,7 +360,7 @@ def pretraining_table(folder) -> str:
 # 3. The figures.
 
 
-def tradeoff_figure(points, path):
+def tradeoff_figure(points, folder, path):
     """The metric over the frame period (above) and over the cost (below), a column for each task.
 
     Both rows run from expensive to cheap, so that they can be compared at a glance.
@@ -307,8 +370,8 @@ def tradeoff_figure(points, path):
             2, len(TASKS), figsize=(13, 8), layout="constrained", sharey="col"
         )
         for (task, name), (above, below) in zip(TASKS.items(), axes.T):
-            draw_tradeoff(above, points, task, "period")
-            draw_tradeoff(below, points, task, "gflops")
+            draw_tradeoff(above, points, folder, task, "period")
+            draw_tradeoff(below, points, folder, task, "gflops")
             above.set(title=f"{name}, {better_is(task)}", xscale="log")
             above.set(xlabel="frame period in ms per token (cheaper →)")
             above.set(xticks=[20, 33, 50, 90, 180], xticklabels=[20, 33, 50, 90, 180])
@@ -320,14 +383,33 @@ def tradeoff_figure(points, path):
         plt.close(figure)
 
 
-def draw_tradeoff(axis, points, task, x):
+def draw_any(axis, folder, task):
+    """The curves of heads for all rates."""
+    drawn = [("any", "encoder", COLOURS["ofa"], "-", "once-for-all, one head for all rates")]
+    drawn += [("rivals", "average", COLOURS["peer"], ":", "no compression, frames averaged")]
+    drawn += [("rivals", "merge", COLOURS["peer"], "-.", "no compression, alike frames merged")]
+    for model, features, colour, style, label in drawn:
+        heads = load_heads(folder, model, task, "any", features)
+        if heads:
+            periods = heads[0].periods
+            tests = np.array([np.interp(periods, head.periods, head.test) for head in heads])
+            axis.plot(periods, tests.mean(0), style, color=colour, linewidth=2, label=label)
+            if len(heads) > 1:
+                sd = tests.std(0, ddof=1)
+                low, high = tests.mean(0) - sd, tests.mean(0) + sd
+                axis.fill_between(periods, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def draw_tradeoff(axis, points, folder, task, x):
     """One panel. x: the attribute of Summary that is drawn to the right."""
+    if x == "period":
+        draw_any(axis, folder, task)
     curve = list(select(points, "ofa", task).values())
     xs = np.array([getattr(summary, x) for summary in curve])
     tests = np.array([summary.test for summary in curve])
     sds = np.array([summary.sd for summary in curve])
     green = COLOURS["ofa"]
-    axis.plot(xs, tests, "o-", color=green, label="once-for-all, one encoder")
+    axis.plot(xs, tests, "o-", color=green, label="once-for-all, a head for each rate")
     axis.fill_between(xs, tests - sds, tests + sds, color=green, alpha=0.2, linewidth=0)
 
     before = select(points, "ofa-one-lam", task).values()
@@ -453,6 +535,24 @@ def page(points, folder) -> str:
     ]
     for task, name in TASKS.items():
         text += [f"## {name[0].upper()}{name[1:]}", tradeoff_table(points, task)]
+        if load_heads(folder, "any", task, "any"):
+            text += ["One head for all rates:", any_table(folder, task)]
+    claims = [entry for entry in all_claims(folder) if entry["numbers"]]
+    if claims:
+        text += [
+            "## Claims",
+            "Differences are in points of the metric, + where the first is better, with the "
+            "interval in which 95 % of them lie (extras/claims.py).",
+            claims_table(claims),
+        ]
+        for entry in claims:
+            text += [f"*{entry['claim']}*: {entry['verdict']}", numbers_table(entry)]
+    if any(folder.glob("any*/*-search-*.json")):
+        text += [
+            "## λ found on the curve of one head",
+            "*price*: what is added to the loss, times tokens per frame.",
+            search_table(folder),
+        ]
     text += [
         "## Once-for-all against its peers",
         "How much better (+) or worse (−) once-for-all is than the peer, at the peer's frame "
@@ -492,7 +592,7 @@ def main():
     points = load_points(folder)
     text = page(points, folder)
     (folder / "results.md").write_text(text + "\n", encoding="utf-8")
-    tradeoff_figure(points, folder / "tradeoff.png")
+    tradeoff_figure(points, folder, folder / "tradeoff.png")
     lambda_figure(points, folder / "lambda.png")
     print(text)
 

@@ -1,0 +1,145 @@
+"""claims.py on points made here, whose differences and intervals can be worked out by hand."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from extras import claims
+from extras.claims import Head, compare, load_heads, resample, verdict_within
+
+
+def point(folder, name, task="pool", encoder="a", seed=0, lam=0.0, period=20.0, test=50.0, **more):
+    """A point in folder/name.json. Its draws scatter around its score by a point."""
+    noise = np.random.default_rng(0).standard_normal(200)
+    bootstrap = [round(test + n, 2) for n in noise]
+    config = {"task": task, "features": "encoder", "seed": seed, "checkpoint_sha1": encoder}
+    content = {
+        "config": {**config, "lam": lam},
+        "metric": claims.METRIC_OF[task],
+        "test": test,
+        "valid": test,
+        "frame_period_ms": period,
+        "transformer_gflops_per_s": 1.0,
+        "epochs": 1,
+        "train_s": 1.0,
+        "infeasible_test": 0,
+        "test_utterances": 10,
+        "bootstrap": bootstrap,
+        "machine": "m",
+        "date": "2026-01-01",
+        **more,
+    }
+    path = folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def row(period, test):
+    noise = np.random.default_rng(0).standard_normal(200)
+    bootstrap = [test + n for n in noise]
+    return {"frame_period_ms": period, "test": test, "bootstrap": bootstrap}
+
+
+def head(encoder="a", test=50.0, spread=1.0):
+    """A head at one rate."""
+    draws = test + spread * np.random.default_rng(1).standard_normal((1, 200))
+    return Head(encoder, np.array([20.0]), np.array([test]), draws)
+
+
+def test_heads_are_gathered_by_encoder_and_seed(tmp_path):
+    """Heads of their own at two λ make one curve; a head for all rates is one already."""
+    point(tmp_path, "ofa/pool-1", lam=1.0, period=90.0, test=40.0)
+    point(tmp_path, "ofa/pool-0", lam=0.0, period=20.0, test=50.0)
+    point(tmp_path, "ofa/pool-2", seed=1)
+    point(tmp_path, "ofa-seed1/pool-0", encoder="b")
+    point(tmp_path, "ofa/ctc-0", task="ctc")
+    point(tmp_path, "ofa/pool-any", lam="any", rows=[row(20.0, 51.0), row(90.0, 41.0)])
+    heads = load_heads(tmp_path, "ofa", "pool")
+    assert [(h.encoder, h.periods.tolist()) for h in heads] == [
+        ("a", [20.0, 90.0]),
+        ("a", [20.0]),
+        ("b", [20.0]),
+    ]
+    (one,) = load_heads(tmp_path, "ofa", "pool", "any")
+    tests, draws = claims.read_at([one], 55.0)
+    assert tests.tolist() == [46.0]
+    assert draws.shape == (1, 200)
+    assert draws.mean() == pytest.approx(46, abs=0.2)
+
+
+def test_points_without_draws_are_left_out(tmp_path):
+    point(tmp_path, "ofa/pool-0")
+    old = json.loads((tmp_path / "ofa/pool-0.json").read_text())
+    del old["bootstrap"]
+    (tmp_path / "ofa/pool-0.json").write_text(json.dumps(old))
+    assert load_heads(tmp_path, "ofa", "pool") == []
+
+
+def test_the_same_draws_cancel():
+    """Two heads that err on the same utterances: the difference is certain, though each is not."""
+    found = compare("pool", "mAP", "x", [head(test=52.0)], [head(test=50.0)], 20)
+    assert found.better == pytest.approx(2.0)
+    assert found.low == pytest.approx(2.0)
+    assert found.high == pytest.approx(2.0)
+    assert str(found) == "+2.0 (+2.0 to +2.0)"
+
+
+def test_lower_error_rates_are_better():
+    found = compare("ctc", "CER", "x", [head(test=30.0)], [head(test=33.0)], 20)
+    assert found.better == pytest.approx(3.0)
+
+
+def test_the_interval_has_what_encoders_and_heads_differ_by():
+    """Without any scatter over utterances: three encoders at 49, 50, 51 against a fixed 50. The
+    mean of three that are drawn with replacement has a standard deviation of √(2/3) / √3 = 0.47."""
+    ours = [head(name, test, 0.0) for name, test in zip("abc", (49.0, 50.0, 51.0))]
+    found = compare("pool", "mAP", "x", ours, [head("d", 50.0, 0.0)], 20)
+    assert found.better == pytest.approx(0)
+    assert -1.01 <= found.low <= -0.6
+    assert 0.6 <= found.high <= 1.01
+    assert found.encoders == 1
+    # Heads of one encoder vary as well.
+    same = [head("a", test, 0.0) for test in (49.0, 50.0, 51.0)]
+    found = compare("pool", "mAP", "x", same, [head("d", 50.0, 0.0)], 20)
+    assert -1.01 <= found.low <= -0.6
+
+
+def test_resampling_keeps_to_a_draw():
+    """One head: whatever is drawn, it is that head, draw by draw."""
+    only = head()
+    np.testing.assert_allclose(
+        resample([only], only.draws[None, 0], np.random.default_rng(0)), only.draws[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "apart, verdict",
+    [
+        ([], "not measured"),
+        ([(0.5, -1, 2), (-0.9, -2, 1)], "yes"),
+        ([(0.5, -1, 2), (-1.5, -3, 1)], "not shown"),
+        ([(0.5, -1, 2), (-3.0, -4, -2)], "no"),
+    ],
+)
+def test_verdicts(apart, verdict):
+    """As good to within a point: yes; worse, but perhaps by chance: not shown; surely worse: no."""
+    differences = [claims.Difference("pool", "x", 20, 0, 0, *three, 1, 1) for three in apart]
+    assert verdict_within(differences) == verdict
+
+
+def test_claims_of_a_folder(tmp_path, monkeypatch, capsys):
+    rows = [row(20.0, 51.0), row(90.0, 41.0)]
+    point(tmp_path, "any/pool-any-seed0", lam="any", rows=rows)
+    point(tmp_path, "ofa/pool-0", lam=0.0, period=20.0, test=50.5)
+    point(tmp_path, "ofa/pool-1", lam=1.0, period=90.0, test=44.0)
+    point(tmp_path, "none/pool-0", encoder="b", test=58.0)
+    monkeypatch.setattr(sys, "argv", ["claims.py", str(tmp_path)])
+    claims.main()
+    found = json.loads(Path(tmp_path / "claims.json").read_text())
+    assert [entry["verdict"] for entry in found] == ["no", "no", "not measured", "not measured"]
+    printed = capsys.readouterr().out
+    assert "-7.0 (-7.0 to -7.0) mAP at 20 ms, beside no compression" in printed
+    assert "-3.0 (-3.0 to -3.0) mAP at 90 ms, beside a head of its own" in printed
