@@ -1,6 +1,6 @@
 """λ chosen for a task by what it costs there, not picked from a grid of heads.
 
-    loss(λ) = head's loss at λ + price · tokens per frame + missing
+    loss(λ) = head's loss at λ + price · tokens per frame + too short
 
 The encoder is frozen. How λ is found (--way):
 
@@ -33,21 +33,20 @@ that emits only blanks, gives it a slope of noise. λ has its own learning rate,
 with that of the head, and no weight decay. Then the head is thrown away, having seen λ change all
 the way, and a new one is trained at the learned λ by finetune.py.
 
-**missing**, for CTC. An utterance with fewer tokens than its text needs has an infinite loss, which
-is usually replaced by 0 (zero_infinity). So as λ grows, the hardest utterances no longer count, the
-loss falls, and λ has no reason to come back. In its place each missing token is charged what
-guessing its symbol would cost:
+**too short**, for CTC. An utterance with fewer tokens than its text needs has an infinite loss,
+which is usually replaced by 0 (zero_infinity). So as λ grows, the hardest utterances no longer
+count, the loss falls, and λ has no reason to come back. In its place goes the loss of a head that
+guesses, ln(symbols + 1) a symbol. A count has no gradient, so under autograd each missing token is
+charged instead, with Σ α′ for the number of tokens, and n for how many CTC needs:
 
-    missing = mean over utterances of  ln(symbols + 1) · relu(n - tokens) / n
-
-where n is how many tokens CTC needs. Under autograd Σ α′ stands for the number of tokens, which has
-no gradient.
+    too short = ln(symbols + 1) · share of the utterances that are too short
+    autograd:   ln(symbols + 1) · mean over utterances of relu(n - Σ α′) / n
 
 **price.** Tokens per frame are 1 at λ = 0, where the price is added to the loss in full, and about
 0.23 at λ = 1. The dearer tokens are, the longer the best ones.
 
 Source: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models",
-ICASSP 2023: λ learned with the task. Missing tokens, price, freeze and the other ways are ours.
+ICASSP 2023: λ learned with the task. What is too short, price, freeze and the other ways are ours.
 
     python adaptive_lambda.py --price 0 1 3      characters: one head, and the best λ at each price
     python adaptive_lambda.py --way autograd --task pool --lam 0.1 1.2 --out runs/adaptive
@@ -130,12 +129,13 @@ def check(args):
 def best_rate(rows, guess, price) -> dict:
     """The row with the lowest loss, once the curve is smooth.
 
-    rows: of finetune.test_at_all_rates, in the order of their λ. guess: what a missing token costs.
+    rows: of finetune.test_at_all_rates, in the order of their λ. guess: the loss of guessing.
     """
     losses = []
     for row in rows:
         tokens_per_frame = FRAME_MS / row["frame_period_ms"]
-        losses.append(row["valid_loss"] + guess * row["valid_missing"] + price * tokens_per_frame)
+        too_short = guess * row["infeasible_valid"]
+        losses.append(row["valid_loss"] + too_short + price * tokens_per_frame)
     return rows[int(np.argmin(smooth(losses)))]
 
 
@@ -177,7 +177,7 @@ def search(args, encoder, task, config):
 
 
 def guess_of(task) -> float:
-    """What a missing token costs under CTC: guessing among all symbols and the blank."""
+    """The loss of guessing a symbol under CTC: among all symbols and the blank."""
     return math.log(len(task.symbols) + 1)
 
 
@@ -240,8 +240,7 @@ class LearnedLam(TrainableSource):
         cost = self.price * mass.sum() / out.frames.sum()
         if self.needed is not None:
             needed = self.needed[list(indices)]
-            missing = torch.relu(needed - mass) / needed
-            cost = cost + self.guess * missing.mean()
+            cost = cost + self.guess * (torch.relu(needed - mass) / needed).mean()
         return out, cost
 
     def count(self, out):
@@ -262,6 +261,15 @@ class MeasuredLam(LearnedLam):
     def begin(self, lesson):
         self.lesson = lesson
         self.batches = cycle(lesson.batches("valid"))
+
+    def encode_at(self, indices, lam):
+        """As above, but tokens and utterances that are too short are counted."""
+        x, frames = self.frames(indices)
+        out = self.encode(x, frames, lam)
+        cost = self.price * out.lengths.sum() / out.frames.sum()
+        if self.needed is not None:
+            cost = cost + self.guess * (self.needed[list(indices)] > out.lengths).float().mean()
+        return out, cost
 
     def forward(self, indices):
         lam = self.lam

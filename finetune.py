@@ -235,7 +235,6 @@ class Measured(NamedTuple):
     loss: float
     score: float
     infeasible: int  # utterances that are too short for their text under CTC
-    missing: float  # part of the tokens that CTC needs and that are not there, a mean over them
     predicted: list  # of each utterance, in the order of Lesson.order
 
 
@@ -375,7 +374,6 @@ def measure(lesson, split, source) -> Measured:
     lesson.model.eval()
     loss = 0.0
     infeasible = 0
-    missing = 0.0
     predicted = []
     targets = []
     for batch in lesson.batches(split):
@@ -389,10 +387,9 @@ def measure(lesson, split, source) -> Measured:
         loss += batch_loss * len(batch) / len(lesson.order[split])
         if lesson.task.kind == "ctc":
             infeasible += lesson.head.infeasible(lengths, known)
-            missing += lesson.head.missing(lengths, known).sum().item() / len(lesson.order[split])
         predicted += lesson.head.predict(states, lengths)
         targets += wanted
-    return Measured(loss, score(lesson.task, predicted, targets), infeasible, missing, predicted)
+    return Measured(loss, score(lesson.task, predicted, targets), infeasible, predicted)
 
 
 @torch.no_grad()
@@ -449,7 +446,7 @@ def test_at_all_rates(lesson, sources) -> list[dict]:
                 "frame_period_ms": source.period_ms,
                 "transformer_gflops_per_s": source.gflops,
                 "valid_loss": valid.loss,
-                "valid_missing": valid.missing,
+                "infeasible_valid": valid.infeasible / len(lesson.order["valid"]),  # a share
                 "valid": valid.score,
                 "test": test.score,
                 "infeasible_test": test.infeasible,

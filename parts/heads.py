@@ -206,15 +206,10 @@ class CTCHead(nn.Module):
         log_probs = self(hidden, lengths)
         return mean_ctc_loss(log_probs, lengths * self.symbols_per_token, numbers, self.BLANK)
 
-    def missing(self, lengths, targets) -> Tensor:
-        """For each utterance, the part of the tokens needed for its text that it lacks: (B,)."""
-        needed = torch.tensor([emissions(t) for t in targets], device=lengths.device)
-        possible = lengths * self.symbols_per_token
-        return torch.relu(needed - possible) / needed.clamp(min=1)
-
     def infeasible(self, lengths, targets) -> int:
         """How many of the utterances have too few tokens for their text."""
-        return int((self.missing(lengths, targets) > 0).sum())
+        possible = (lengths * self.symbols_per_token).tolist()
+        return sum(emissions(t) > most for t, most in zip(targets, possible))
 
     @torch.no_grad()
     def predict(self, hidden, lengths):

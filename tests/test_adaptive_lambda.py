@@ -144,6 +144,15 @@ def test_missing_tokens_are_charged(encoder, frames):
             assert learner.raw.grad > 0
 
 
+def test_what_is_too_short_is_counted_where_slopes_are_measured(frames):
+    tokens = learned(1.2, frames)([0, 1])[1].tolist()
+    for more, expected in (((0, 0), 0.0), ((1, 0), 0.5), ((1, 9), 1.0)):
+        texts = [list(range(n + k)) for n, k in zip(tokens, more)]
+        learner = learned(1.2, frames, texts=texts, kind=MeasuredLam).eval()
+        learner([0, 1])
+        assert learner.cost.item() == pytest.approx(np.log(20) * expected)
+
+
 class Ruler:
     """A head whose loss is how many tokens there are."""
 
@@ -192,11 +201,11 @@ def test_smoothing_leaves_a_parabola_as_it_is():
     assert smooth(noise).std() < 0.7
 
 
-def rows_of(losses, missing=0.0):
+def rows_of(losses):
     """Rows of a curve at forty periods."""
     periods = np.geomspace(20, 220, 40)
     return [
-        {"valid_loss": loss, "valid_missing": missing, "frame_period_ms": period}
+        {"valid_loss": loss, "infeasible_valid": 0.0, "frame_period_ms": period}
         for loss, period in zip(losses, periods)
     ]
 
@@ -216,10 +225,10 @@ def test_dearer_tokens_are_never_shorter(losses, a, b):
     assert cheap <= dear * (1 + 1e-9)
 
 
-def test_missing_tokens_cost_a_guess():
+def test_what_is_too_short_costs_a_guess():
     rows = rows_of(np.linspace(2, 1, 40))  # zero_infinity: the longer the tokens the better
     for row in rows:
-        row["valid_missing"] = max(0, row["frame_period_ms"] - 60) / 60
+        row["infeasible_valid"] = max(0, row["frame_period_ms"] - 60) / 60
     assert best_rate(rows, 0, 0)["frame_period_ms"] == pytest.approx(220)
     assert 50 < best_rate(rows, 3, 0)["frame_period_ms"] < 80
 
