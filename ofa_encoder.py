@@ -295,10 +295,18 @@ class Encoded(NamedTuple):
     frames: Tensor  # (B,) int64, number of frames of 20 ms, before compression
 
     def durations(self) -> Tensor:
-        """How long each token is, in frames, from the fire before it to its own: (B, T), zero past
-        an utterance's number of tokens."""
-        times = self.fired.fire_times  # (B, T)
-        return times.diff(dim=1, prepend=times.new_zeros(len(times), 1)).clamp(min=0)
+        """How long each token is, in frames: (B, T), zero past an utterance's number of tokens.
+
+        It is the sum of the shares that a token has in its frames. Unlike fire_times it has a
+        gradient.
+        """
+        fired = self.fired
+        alpha = fired.alpha.gather(1, fired.frame)  # (B, P), of the frame of each piece
+        share = fired.width / alpha.where(alpha > 0, 1)
+        B, T = fired.fire_times.shape
+        # What follows an utterance's tokens has no width, and goes into a column that is cut off.
+        sums = share.new_zeros(B, T + 1).scatter_add(1, fired.token.clamp(max=T), share)
+        return sums[:, :T].float()
 
     def frame_period(self) -> float:
         """Mean frame period in ms over the batch."""

@@ -213,6 +213,9 @@ def test_durations_add_up_to_the_utterance(encoder, prompts):
     mean = (durations.sum(1) / out.lengths).tolist()
     assert mean == pytest.approx((out.frames / out.lengths).tolist(), rel=0.05)
     assert (durations[torch.arange(durations.shape[1]) >= out.lengths[:, None]] == 0).all()
+    times = out.fired.fire_times
+    since = times.diff(dim=1, prepend=times.new_zeros(len(times), 1)).clamp(min=0)
+    torch.testing.assert_close(durations, since, atol=1e-3, rtol=0)
     uncompressed = encoder(waveforms, lengths)
     assert (uncompressed.durations().sum(1) == uncompressed.frames).all()
 
