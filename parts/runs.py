@@ -4,8 +4,10 @@ A *point* is what one head reached at one λ with one seed, as a JSON file:
 
     config    all that the result depends on: flags, λ, seed, hashes of the checkpoint and of a TSV
     command   computes it again
-    metric, test, valid, history, …     what finetune.train returns
+    metric, test, valid, history, …     what finetune.final_test returns
     guessing                            what guessing reaches on test (older points lack it)
+    bootstrap                           test on resampled test splits (older points lack it)
+    rows                                of a head for any λ: the scores at forty rates
     frame_period_ms, tokens, transformer_gflops_per_s, cnn_s, encode_s, train_s     what it cost
     commit, machine, date
 
