@@ -10,6 +10,7 @@
 # make benchmark  how fast this is, beside its goals (minutes; leave the machine alone meanwhile)
 #
 # All make .venv from requirements.txt (once, and again when that changes) and fetch the corpus.
+# What the tests alone need is in tests/requirements.txt.
 # RESULTS=FOLDER takes another folder for sweep and results.
 
 PYTHON ?= python3
@@ -44,7 +45,7 @@ demo: data/asterisk.pt
 	@echo "== pre-training; a stopped run goes on with the same command"
 	.venv/bin/python pretrain.py --out runs/demo --resume
 
-test: data/asterisk.pt lint
+test: data/asterisk.pt lint .venv/installed-for-tests
 	.venv/bin/python -m pytest
 
 data: data/asterisk.pt
@@ -53,7 +54,7 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 
-fuzz: data/asterisk.pt
+fuzz: data/asterisk.pt .venv/installed-for-tests
 	.venv/bin/python -m pytest -s -m "hypothesis or fuzz" --hypothesis-profile=fuzz
 
 notebooks: data/asterisk.pt
@@ -125,6 +126,11 @@ data/asterisk.pt: | .venv/installed
 	@echo "== installing requirements.txt into .venv (torch is large: a few minutes)"
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+.venv/installed-for-tests: tests/requirements.txt .venv/installed
+	@echo "== installing tests/requirements.txt into .venv"
+	.venv/bin/python -m pip install --quiet -r tests/requirements.txt
 	@touch $@
 
 clean:

@@ -104,7 +104,11 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--data", default="asterisk", help="asterisk, librispeech:SUBSET[+SUBSET], or a folder")
     add("--root", default="data", help="folder for what is downloaded and cached")
-    add("--teacher", default="mfcc", help="mfcc, hubert_base, or a FILE: see parts/teachers.py")
+    add(
+        "--teacher",
+        default="mfcc",
+        help="mfcc, hubert_base, a FILE, a FOLDER, or a name on the hub: see parts/teachers.py",
+    )
     add("--teacher-layers", type=int, nargs="+", help="default: at a third, two thirds, the end")
     add("--boundaries", help="file of segment boundaries; default: found from the teacher")
     add("--segment-ms", type=float, default=90.0, help="mean length of the segments found")

@@ -19,6 +19,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
+from huggingface_hub import constants
 
 from cif import cif, cif_loop, expand
 from extras import streaming
@@ -86,6 +87,7 @@ FILES = {
     "hub/checkpoints/hubert_fairseq_base_ls960.pth": b"PK\x03\x04 cut off",
     "cut-deb/downloads/asterisk-core-sounds-en_1.6.1-1_all.deb": b"!<arch>\n cut off",
     "sound-and-text/notes.txt": "no sound",
+    "payload-model/config.json": '{"model_type": "hubert"}',
 }
 
 
@@ -150,6 +152,7 @@ def place(folder, tmp_path_factory):
         save(hubert.state_dict(), "hubert.pt")
         Path("truncated.pt").write_bytes(Path("encoder.pt").read_bytes()[:50_000])
         Path("payload.pt").write_bytes(pickle.dumps(Payload(), 2))
+        shutil.copy("payload.pt", "payload-model/pytorch_model.bin")
         with pytest.raises(SystemExit, match="has learned nothing"):  # from a single step
             call("pretrain.py --out run")
         run = torch.load("run/checkpoint.pt", weights_only=True)
@@ -287,7 +290,21 @@ ROWS = [
         "encoder.pt is no state_dict of a HuBERT",
     ),
     ("a teacher with a payload", "pretrain.py --teacher payload.pt", "payload.pt is no checkpoint"),
-    ("a folder as the teacher", "pretrain.py --teacher folder.pt", "no checkpoint at folder.pt"),
+    (
+        "any folder as the teacher",
+        "pretrain.py --teacher folder.pt",
+        "folder.pt has no config.json: a folder for --teacher is one that transformers'",
+    ),
+    (
+        "a teacher that the hub lacks, or no network",
+        "pretrain.py --teacher nobody/hubert",
+        "nobody/hubert is no folder here, and could not be had from the Hugging Face hub",
+    ),
+    (
+        "a model of transformers with a payload",
+        "pretrain.py --teacher payload-model",
+        "payload-model: its weights can't be read",
+    ),
     (
         "a list as the teacher",
         "pretrain.py --teacher list.pt",
@@ -803,6 +820,7 @@ def test_the_mistake_is_named(place, monkeypatch, capsys, how, words):
         raise OSError("no network")
 
     monkeypatch.setattr(urllib.request, "urlopen", offline)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     if callable(how):
         with pytest.raises((ValueError, OSError)) as error:
             how()
