@@ -69,7 +69,7 @@ from parts.runs import (
 )
 from parts.scores import bootstrap, guessing, score
 from parts.superb import SUPERB, load_superb
-from parts.tasks import KINDS, Task, load_task
+from parts.tasks import KINDS, Task, data_sha1, load_task
 
 BATCH = 16  # utterances in a step
 MAX_GRADIENT_NORM = 5.0
@@ -113,8 +113,9 @@ def build_parser(
     )
     add(
         "--data",
-        help="asterisk (the default), or a TSV with columns path, text or label, and optionally "
-        "split; for SUPERB's tasks a folder with the data set, by default that of --root",
+        help="asterisk (the default), a TSV with columns path, text or label, and optionally "
+        "split, or a folder with metadata.csv or a folder for each label; for SUPERB's tasks a "
+        "folder with the data set, by default that of --root",
     )
     add("--root", default="data", help="folder of the embedded corpus")
     add("--fold", type=int, choices=range(1, 6), default=1, help="IEMOCAP's test session, for er")
@@ -484,7 +485,7 @@ def prepare(args):
     # A point is known by what is in the files, not by their names.
     config = {name: value for name, value in vars(args).items() if name not in NOT_IN_CONFIG}
     config["checkpoint_sha1"] = short_sha1(args.checkpoint) if encoder else None
-    config["data_sha1"] = short_sha1(args.data) if Path(args.data).is_file() else None
+    config["data_sha1"] = data_sha1(args.task, args.data)
 
     if encoder:
         if args.features in RIVALS:

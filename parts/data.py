@@ -163,10 +163,7 @@ def folder(path: Path) -> Speech:
             f"no such folder: {path} "
             "(--data takes asterisk, librispeech:SUBSET or a folder of sound files)"
         )
-    # What soundfile can open, but for RAW: a file without a header does not say its rate.
-    formats = set(soundfile.available_formats()) - {"RAW"}
-    suffixes = {f".{name.lower()}" for name in formats} | {".aif", ".oga", ".opus"}
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    files = sound_files(path)
 
     # Most corpora have a folder for each speaker or recording. If there are only a few folders,
     # they mean something else, and each file is a group of its own.
@@ -176,6 +173,14 @@ def folder(path: Path) -> Speech:
         group = str(p.parent.relative_to(path)) if by_folder else p.name
         entries.append((p, str(p.relative_to(path)), group, ""))
     return from_files(entries, held_out=(0.05, 0.05), where=path)
+
+
+def sound_files(path: Path) -> list[Path]:
+    """All files under path with the suffix of a sound file, in order."""
+    # What soundfile can open, but for RAW: a file without a header does not say its rate.
+    formats = set(soundfile.available_formats()) - {"RAW"}
+    suffixes = {f".{name.lower()}" for name in formats} | {".aif", ".oga", ".opus"}
+    return sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
 
 
 def librispeech(subsets: list[str], root: Path) -> Speech:

@@ -22,20 +22,38 @@ Your own data: a TSV with a header row and the columns
     label    for pool, one for each file
     split    optional: train, valid or test
 
-Without a column split, 70 / 10 / 20 % of the files are drawn for them at random, by seed 0. For
-pool that holds for each label too, as nearly as possible, and every label is in train.
+or a folder as Hugging Face's AudioFolder has it: with a table metadata.csv, whose columns are
+separated by commas and called file_name (relative to the table), and text or label; or for pool
+without a table, with the files in folders named after their labels. Sub-folders train, validation
+and test, each with a table of its own or with folders of labels, are the splits:
+
+    FOLDER/metadata.csv        FOLDER/train/metadata.csv        FOLDER/LABEL/a.wav
+    FOLDER/a.wav               FOLDER/train/a.wav               FOLDER/train/LABEL/a.wav
+
+Without a column split or such folders, 70 / 10 / 20 % of the files are drawn at random, by seed 0.
+For pool that holds for each label too, as nearly as possible, and every label is in train.
 """
 
 import csv
+import hashlib
+import os
 import random
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from parts.asterisk import LANGUAGES
-from parts.data import SPLITS, Speech, from_files, load
+from parts.data import SPLITS, Speech, from_files, load, sound_files
 
 KINDS = {"ctc": "CER", "seq2seq": "WER", "pool": "accuracy"}  # and the metric of each
+COLUMNS = {"ctc": "text", "seq2seq": "text", "pool": "label"}  # of a table, that holds the answers
+
+# Names of sub-folders that are splits: the words that Hugging Face takes for them.
+SPLIT_FOLDERS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "valid"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
 @dataclass
@@ -56,18 +74,16 @@ class Task:
 
 
 def load_task(kind: str, data="asterisk", root="data", seed=0) -> Task:
-    """The task of that kind on data: "asterisk", which lies under root, or a TSV.
+    """The task of that kind on data: "asterisk", which lies under root, a TSV, or a folder.
 
-    seed: of the splits, where a TSV has none. Raises ValueError, which names the line at fault,
-    before anything is computed.
+    seed: of the splits, where they are drawn. Raises ValueError, which names the line or file at
+    fault, before anything is computed.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown task {kind!r}, expected one of {', '.join(KINDS)}")
     if data == "asterisk":
         return asterisk_task(kind, root)
-    if not str(data).endswith(".tsv"):
-        raise ValueError(f"--data {data}: expected asterisk, or a file that ends in .tsv")
-    return tsv_task(kind, Path(data), seed)
+    return task_of_rows(kind, read_rows(kind, Path(data)), data, seed)
 
 
 def make_task(kind, metric, speech, targets, splits, **more) -> Task:
@@ -81,8 +97,9 @@ def make_task(kind, metric, speech, targets, splits, **more) -> Task:
         if not task.indices(split):
             raise ValueError(
                 f"no utterance is left for {split}: at least one each is needed for "
-                f"{', '.join(SPLITS)}. Without a column split they are drawn: that takes ten files "
-                "or more, and at least two more files than labels"
+                f"{', '.join(SPLITS)}. Without a column split, or folders train, validation and "
+                "test, they are drawn: that takes ten files or more, and at least two more files "
+                "than labels"
             )
     if not task.symbols:
         in_train = set()
@@ -200,68 +217,152 @@ def concepts(speech) -> dict[str, set[str]]:
     return target_of
 
 
-# 2. A TSV.
+# 2. A TSV, or a folder.
 
 
 @dataclass
 class Row:
-    """A row of a TSV, checked."""
+    """A sound file and its answer, checked."""
 
-    line: int  # its number in the TSV
-    path: str  # as the TSV has it
+    where: str  # it is listed: the table and line, or the file itself
+    path: str  # as it is listed
     file: Path  # the sound file
     answer: str  # its text or label
-    split: str  # "" if the TSV has no such column
+    split: str  # "" if it is to be drawn
 
 
-def tsv_task(kind, path, seed) -> Task:
-    rows = read_tsv(path, "label" if kind == "pool" else "text")
+def task_of_rows(kind, rows, name, seed) -> Task:
+    """name: what to call the data in an error."""
     splits = splits_of(rows, kind, seed)
-    check_one_side(path, rows, splits)
+    check_one_side(rows, splits)
 
     # A file that can't be used is named and left out. The id says which row an utterance is of.
     entries = [(row.file, str(n), row.path, row.answer) for n, row in enumerate(rows)]
-    speech = from_files(entries, held_out=(0.1, 0.2), where=path, cut=False)
+    speech = from_files(entries, held_out=(0.1, 0.2), where=name, cut=False)
     left = [int(u.id) for u in speech.utterances]
     targets = [target_from(kind, rows[n].answer) for n in left]
     return make_task(kind, KINDS[kind], speech, targets, [splits[n] for n in left])
 
 
-def read_tsv(path, column) -> list[Row]:
-    """The rows of a TSV whose answers are in `column`. Raises ValueError if anything is wrong."""
+def read_rows(kind, data) -> list[Row]:
+    """What a TSV or folder lists for a kind of task. Raises ValueError if anything is wrong."""
+    column = COLUMNS[kind]
+    if data.suffix == ".tsv":
+        return read_table(data, "path", column, delimiter="\t", quoting=csv.QUOTE_NONE)
+    if not data.is_dir():
+        raise ValueError(
+            f"--data {data}: expected asterisk, a file that ends in .tsv, or a folder that is there"
+        )
+    tables = [table for table in (data, *sorted(data.iterdir())) if table.is_dir()]
+    tables = [folder / "metadata.csv" for folder in tables if (folder / "metadata.csv").is_file()]
+    if not tables:
+        return read_label_folders(data, column)
+    rows = []
+    for table in tables:
+        rows += read_table(table, "file_name", column, delimiter=",")
+    return split_by_folder(rows, data)
+
+
+def data_sha1(kind, data) -> str | None:
+    """A hash of what a TSV or folder lists for a kind of task; None for other data."""
+    if kind not in KINDS or data == "asterisk":
+        return None
+    data = Path(data)
+    if data.is_file():
+        content = data.read_bytes()
+    else:
+        rows = read_rows(kind, data)
+        content = repr([(row.path, row.answer, row.split) for row in rows]).encode()
+    return hashlib.sha1(content).hexdigest()[:12]
+
+
+def read_table(path, file_column, column, **dialect) -> list[Row]:
+    """The rows of a table whose sound files are in `file_column` and whose answers in `column`.
+
+    dialect: of csv. Raises ValueError if anything is wrong.
+    """
+    kind = path.suffix[1:].upper()  # TSV or CSV
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            reader = csv.DictReader(file, **dialect)
             numbered = [(reader.line_num, cells) for cells in reader]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a TSV in UTF-8 ({error})") from None
+        raise ValueError(f"{path}: not a {kind} in UTF-8 ({error})") from None
     if not numbered:
         raise ValueError(f"{path}: no rows under a header")
     _, first = numbered[0]
-    missing = {"path", column} - set(first)
+    missing = {file_column, column} - set(first)
     if missing:
+        separator = "tabs" if kind == "TSV" else "commas"
         raise ValueError(
             f"{path}: no column {', '.join(sorted(missing))} in its header; "
-            "columns are separated by tabs"
+            f"columns are separated by {separator}"
         )
-    return [check_row(path, line, cells, column) for line, cells in numbered]
+    return [check_row(path, line, cells, file_column, column) for line, cells in numbered]
 
 
-def check_row(path, line, cells: dict, column) -> Row:
+def check_row(path, line, cells: dict, file_column, column) -> Row:
     """cells: what is in each column; None, if the line is too short to have it."""
     where = f"{path}, line {line}"
     answer = (cells[column] or "").strip()
-    if not cells["path"] or not answer:
-        raise ValueError(f"{where}: path or {column} is empty")
-    file = path.parent / cells["path"]
+    if not cells[file_column] or not answer:
+        raise ValueError(f"{where}: {file_column} or {column} is empty")
+    file = path.parent / cells[file_column]
     if not file.is_file():
         raise ValueError(f"{where}: no such file: {file}")
     split = cells.get("split", "")
     if "split" in cells and split not in SPLITS:
         raise ValueError(f"{where}: split is {split!r}, expected one of {', '.join(SPLITS)}")
-    return Row(line, cells["path"], file, answer, split)
+    return Row(where, cells[file_column], file, answer, split)
+
+
+def read_label_folders(folder, column) -> list[Row]:
+    """The sound files of a folder without metadata.csv: each in a folder named after its label."""
+    if column != "label":
+        raise ValueError(
+            f"{folder} has no metadata.csv: a table with the columns file_name and {column}, "
+            "separated by commas (other forms, such as metadata.jsonl, are not read)"
+        )
+    inside = [file.relative_to(folder) for file in sound_files(folder)]
+    inside = [path for path in inside if not any(part.startswith(".") for part in path.parts)]
+    if not inside:
+        raise ValueError(f"no sound file in {folder}, and no metadata.csv")
+
+    # A label may be called "train", if others are not called like splits.
+    by_split = all(path.parts[0].lower() in SPLIT_FOLDERS for path in inside)
+    depth = 3 if by_split else 2
+    rows = []
+    for path in inside:
+        if len(path.parts) != depth:
+            raise ValueError(
+                f"{folder / path}: without a metadata.csv, every file lies in {folder}/LABEL, or "
+                f"every file in {folder}/train/LABEL, validation/LABEL or test/LABEL"
+            )
+        split = SPLIT_FOLDERS[path.parts[0].lower()] if by_split else ""
+        rows.append(Row(str(folder / path), str(path), folder / path, path.parts[-2], split))
+    return rows
+
+
+def split_by_folder(rows, folder) -> list[Row]:
+    """Rows of metadata.csv, with the splits that their folders under `folder` are named after, and
+    with paths that begin there.
+
+    A column split comes first. Raises ValueError if only some of the files have a split.
+    """
+    for row in rows:
+        row.path = os.path.relpath(row.file, folder)
+        parts = Path(row.path).parts
+        if not row.split and len(parts) > 1:
+            row.split = SPLIT_FOLDERS.get(parts[0].lower(), "")
+    without = [row for row in rows if not row.split]
+    if without and len(without) < len(rows):
+        raise ValueError(
+            f"{without[0].where}: {without[0].path} lies in no folder named train, validation or "
+            "test, while others do"
+        )
+    return rows
 
 
 def splits_of(rows, kind, seed) -> list[str]:
@@ -274,13 +375,13 @@ def splits_of(rows, kind, seed) -> list[str]:
     return draw_splits(files, seed)
 
 
-def check_one_side(path, rows, splits):
+def check_one_side(rows, splits):
     """Raise ValueError if a file that is listed twice is in two splits."""
     side = {}
     for row, split in zip(rows, splits):
         before = side.setdefault(row.file.resolve(), split)
         if before != split:
-            raise ValueError(f"{path}, line {row.line}: {row.path} is in {split} and in {before}")
+            raise ValueError(f"{row.where}: {row.path} is in {split} and in {before}")
 
 
 def target_from(kind, answer):
@@ -291,7 +392,7 @@ def target_from(kind, answer):
     return text.split() if kind == "seq2seq" else list(text)
 
 
-# 3. Splits for a TSV without any.
+# 3. Splits, where none are given.
 
 
 def draw_splits(paths, seed) -> list[str]:

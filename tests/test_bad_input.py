@@ -88,6 +88,14 @@ FILES = {
     "cut-deb/downloads/asterisk-core-sounds-en_1.6.1-1_all.deb": b"!<arch>\n cut off",
     "sound-and-text/notes.txt": "no sound",
     "payload-model/config.json": '{"model_type": "hubert"}',
+    "jsonl/metadata.jsonl": '{"file_name": "a.wav", "label": "x"}',
+    "no-column/metadata.csv": "file,label\na.wav,x\n",
+    "semicolons/metadata.csv": "file_name;label\na.wav;x\n",
+    "latin-1/metadata.csv": "file_name,label\na.wav,Müller\n".encode("latin-1"),
+    "gone/metadata.csv": "file_name,label\nmissing.wav,x\n",
+    "no-value/train/metadata.csv": "file_name,label\na.wav,\n",
+    "half-split/metadata.csv": "file_name,label\ntrain/a.wav,x\n../a.wav,x\n",
+    "no-valid/metadata.csv": "file_name,label\ntrain/a.wav,x\ntest/a.wav,x\n",
 }
 
 
@@ -131,6 +139,17 @@ def place(folder, tmp_path_factory):
             soundfile.write(f"{name}.wav", np.sin(np.arange(int(16_000 * sound))), 16_000)
         Path("one").mkdir()
         shutil.copy("a.wav", "one")
+        for name in (
+            "half-split/train",
+            "no-valid/train",
+            "no-valid/test",
+            "no-labels/train",
+            "no-labels/test",
+            "depths/train/x",
+            "depths/extra/x",
+        ):
+            Path(name).mkdir(parents=True)
+            shutil.copy("a.wav", name)
         soundfile.write("nan.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
         soundfile.write("infinite.wav", np.full(16_000, np.inf), 16_000, subtype="FLOAT")
         sides = ("train", "train", "train", "valid", "test")
@@ -517,7 +536,6 @@ ROWS = [
     # its TSV
     ("a TSV that is not there", "finetune.py --data nowhere.tsv", "no such file: nowhere.tsv"),
     ("a CSV", "finetune.py --data table.csv", "ends in .tsv"),
-    ("a folder for the TSV", "finetune.py --data forty", "ends in .tsv"),
     ("a folder called .tsv", "finetune.py --data list.tsv", "no such file: list.tsv"),
     ("an empty TSV", "finetune.py --data empty.tsv", "no rows"),
     ("a TSV of a header", "finetune.py --data header.tsv", "no rows"),
@@ -567,6 +585,69 @@ ROWS = [
     ("too few to split", "finetune.py --data two.tsv", "no utterance is left for test"),
     ("as many labels as files", "finetune.py --data labels.tsv", "two more files than labels"),
     ("nothing to test", "finetune.py --data no-test.tsv", "no utterance is left for test"),
+    # or its folder
+    (
+        "neither a TSV nor a folder",
+        "finetune.py --data nowhere",
+        "--data nowhere: expected asterisk, a file that ends in .tsv, or a folder that is there",
+    ),
+    (
+        "a folder of sound without labels",
+        "finetune.py --data forty",
+        ".wav: without a metadata.csv, every file lies in forty/LABEL, or",
+    ),
+    (
+        "folders of splits without labels",
+        "finetune.py --data no-labels",
+        "no-labels/test/a.wav: without a metadata.csv, every file lies in no-labels/LABEL, or",
+    ),
+    (
+        "a folder beside those of splits",
+        "finetune.py --data depths",
+        "depths/extra/x/a.wav: without a metadata.csv, every file lies in depths/LABEL, or",
+    ),
+    (
+        "a folder without texts",
+        "finetune.py --task ctc --data forty",
+        "forty has no metadata.csv: a table with the columns file_name and text",
+    ),
+    (
+        "another form of metadata",
+        "finetune.py --data jsonl",
+        "no sound file in jsonl, and no metadata.csv",
+    ),
+    ("an empty folder of labels", "finetune.py --data empty", "no sound file in empty"),
+    (
+        "no column file_name",
+        "finetune.py --data no-column",
+        "no-column/metadata.csv: no column file_name in its header; columns are separated by comma",
+    ),
+    (
+        "semicolons in metadata.csv",
+        "finetune.py --data semicolons",
+        "semicolons/metadata.csv: no column file_name, label in its header",
+    ),
+    (
+        "metadata.csv in Latin-1",
+        "finetune.py --data latin-1",
+        "latin-1/metadata.csv: not a CSV in UTF-8",
+    ),
+    (
+        "a file of metadata.csv that is not there",
+        "finetune.py --data gone",
+        "gone/metadata.csv, line 2: no such file: gone/missing.wav",
+    ),
+    (
+        "no label in metadata.csv",
+        "finetune.py --data no-value",
+        "no-value/train/metadata.csv, line 2: file_name or label is empty",
+    ),
+    (
+        "a file outside the folders of splits",
+        "finetune.py --data half-split",
+        "half-split/metadata.csv, line 3: ../a.wav lies in no folder named train, validation or",
+    ),
+    ("no folder validation", "finetune.py --data no-valid", "no utterance is left for valid"),
     (
         "a label that train lacks",
         "finetune.py --data unseen.tsv",
