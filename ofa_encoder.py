@@ -497,17 +497,25 @@ class OFAEncoder(nn.Module):
         is run.
         """
         content = load_checkpoint(path)
+        return cls.from_weights(content.get("config"), content.get("encoder"), path)
+
+    @classmethod
+    def from_weights(cls, config, weights, name) -> "OFAEncoder":
+        """The encoder of a Config as a dict and a state_dict, in eval mode, in float32.
+
+        name: what to call them in an error. Raises ValueError if they do not belong together.
+        """
         try:
-            config = dict(content["config"])
+            config = dict(config)
             config["channels"] = tuple(config["channels"])
             encoder = cls(Config(**config))
-            encoder.load_state_dict(content["encoder"])
+            encoder.load_state_dict(weights)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{path} holds no encoder of this project, or a damaged one ({error!r:.300})"
+                f"{name} holds no encoder of this project, or a damaged one ({error!r:.300})"
             ) from None
         if not all(value.isfinite().all() for value in encoder.state_dict().values()):
-            raise ValueError(f"{path} holds NaN or infinite weights")
+            raise ValueError(f"{name} holds NaN or infinite weights")
         return encoder.float().eval()
 
 

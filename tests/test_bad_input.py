@@ -702,6 +702,10 @@ ROWS = [
         "finetune.py --features logmel --save-heads",
         "--features logmel has none",
     ),
+    # extras.hub; what a folder may hold is in test_hub.py
+    ("no checkpoint for a folder", "extras.hub nowhere.pt new", "no checkpoint at nowhere.pt"),
+    ("foreign weights for a folder", "extras.hub foreign.pt new", "foreign.pt holds no encoder"),
+    ("a file for the folder", "extras.hub encoder.pt a-file", "a-file"),
     ("an unknown section", "extras.benchmark sums", "the sections are ['sums'], expected"),
     ("no round", "extras.benchmark cif --repeats 0", "--repeats is 0"),
     (
