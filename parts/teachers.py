@@ -175,7 +175,7 @@ TEACHERS = {"mfcc": _mfcc, "hubert_base": _hubert_base}
 
 def _may_be_on_the_hub(name) -> bool:
     """Whether name is like OWNER/NAME, and no file, nor what a missing one would be called."""
-    if Path(name).exists() or Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin"):
+    if Path(name).exists() or Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"):
         return False
     return re.fullmatch(r"[\w-]+/[\w.-]+", name) is not None
 
