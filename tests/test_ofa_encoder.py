@@ -56,9 +56,17 @@ def prompts(asterisk):
     return [asterisk[i] for i in (0, 700, 1300, 1900, 2500)]  # five languages, five lengths
 
 
-def small(compression="cif"):
+# Every compression, and the second way to α.
+VARIANTS = [*COMPRESSIONS, "segments"]
+
+
+def small(variant="cif"):
     torch.manual_seed(0)
-    return OFAEncoder(replace(SMALL, compression=compression)).eval()
+    if variant == "segments":
+        encoder = OFAEncoder(replace(SMALL, alpha="segments"))
+        encoder.end_threshold.fill_(0.2)  # untrained, no probability is near a half
+        return encoder.eval()
+    return OFAEncoder(replace(SMALL, compression=variant)).eval()
 
 
 # λ and the frame period.
