@@ -81,6 +81,7 @@ FRAME_MS = 20
 CONSTANT_ALPHA = {"none": 1.0, "average2": 1 / 2, "average4": 1 / 4}
 COMPRESSIONS = ("cif", *CONSTANT_ALPHA)
 ALPHAS = ("regression", "segments")
+RISE = 1e-3  # of a probability, that counts when peaks are looked for
 INITIAL_ALPHA = 0.22  # of "cif" before training: about one token in 90 ms
 
 
@@ -190,15 +191,17 @@ class AlphaPredictor(nn.Module):
 
 
 def peaks(probability, frames):
-    """probability (B, S) where it is no lower than in the frames beside it, and elsewhere 0.
+    """probability (B, S) where it has a peak, and elsewhere 0.
 
-    frames (B,): how many are not padding. An utterance's last frame is left out: it ends a segment
-    in any case.
+    At a peak it has risen from the frame before, and does not rise on to the next. Only rises of
+    more than RISE count, so that rounding makes no peaks in silence. frames (B,): how many are not
+    padding. An utterance's last frame is left out: it ends a segment in any case.
     """
     inner = torch.arange(probability.shape[1], device=frames.device) < frames[:, None] - 1
     before = pad(probability, (1, 0))[:, :-1]
     after = pad(probability, (0, 1))[:, 1:]
-    return probability * ((probability > before) & (probability >= after) & inner)
+    is_peak = (probability > before + RISE) & (probability >= after - RISE) & inner
+    return probability * is_peak
 
 
 def segment_ends(probability, frames, threshold):

@@ -291,6 +291,12 @@ ROWS = [
         "pretrain.py --data asterisk --root cut-deb",
         "not the expected file: its SHA-256 differs",
     ),
+    (
+        "segments of a peer",
+        "pretrain.py --alpha segments --compression average2",
+        "--alpha segments is for --compression cif",
+    ),
+    ("another α", "pretrain.py --alpha words", "--alpha: invalid choice: 'words'"),
     # the teacher, boundaries
     (
         "a teacher that is not there",

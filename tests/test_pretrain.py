@@ -32,6 +32,7 @@ from ofa_encoder import (
     transformer_gflops,
 )
 from parts import data
+from parts.boundaries import pseudo_alpha
 from parts.data import batches, by_length, load, loader, pad
 from parts.teachers import MFCCTeacher, load_teacher
 from pretrain import Distiller, constant_loss, draw_lams, evaluate, guidance
@@ -103,7 +104,7 @@ def test_a_run_leaves_encoder_table_and_figure(run, folder, capsys):
     gflops = [row["transformer_gflops_per_s"] for row in table["rows"]]
     assert gflops == sorted(gflops, reverse=True)
     encoder = OFAEncoder.from_checkpoint("a/encoder.pt")
-    assert encoder.mean_alpha.item() == pytest.approx(table["mean_alpha"], rel=0.05)
+    assert encoder.mean_alpha.item() == pytest.approx(table["mean_alpha"], rel=0.1)
     assert (
         encoder(load(str(folder))[0][None], lam=encoder.lam_for(60))
         .hidden_states[-1]
