@@ -83,6 +83,7 @@ from parts import boundaries
 from parts.data import Speech, batches, by_length, load, loader
 from parts.figures import utterance_figure
 from parts.runs import check_numbers, pick_device, save, use_bf16
+from parts.targets import MODES, KeptTargets, cache_path, targets_of
 from parts.teachers import fingerprint, initialise, load_teacher
 
 PERIODS_MS = (20, 25, 33, 50, 90, 180)  # of the final table: asked in ms, answered by λ
@@ -110,6 +111,13 @@ def parse_arguments(argv=None):
         help="mfcc, hubert_base, a FILE, a FOLDER, or a name on the hub: see parts/teachers.py",
     )
     add("--teacher-layers", type=int, nargs="+", help="default: at a third, two thirds, the end")
+    add(
+        "--keep-targets",
+        choices=MODES,
+        default="auto",
+        help="ask the teacher once and keep what it says under --root; auto: if that is there, or "
+        "the teacher has weights and it takes up to 2 GB and a tenth of the free disk",
+    )
     add("--boundaries", help="file of segment boundaries; default: found from the teacher")
     add("--segment-ms", type=float, default=90.0, help="mean length of the segments found")
     add("--preset", choices=PRESETS, default="tiny", help="sizes of the encoder")
@@ -260,7 +268,8 @@ class Place:
 class Lesson:
     """What is taught: the teacher, speech to learn from and to check on, and segment ends."""
 
-    teacher: nn.Module
+    teacher: nn.Module | None  # None where its targets are kept and the student has its weights
+    targets: nn.Module | KeptTargets  # the teacher, or what is kept of it: for targets_of
     train: Speech
     held_out: Speech
     ends: list[np.ndarray]  # of the segments of each training utterance, in frames
@@ -289,7 +298,8 @@ def main():
     )
     encoder = OFAEncoder(config)
     copied = initialise(encoder, lesson.teacher)
-    model = Distiller(encoder, lesson.teacher.dims).to(place.device)
+    lesson.teacher = None  # where its targets are kept, its memory is freed
+    model = Distiller(encoder, lesson.targets.dims).to(place.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     first_step = resume(checkpoint, model, optimizer, args) if checkpoint.exists() else 0
 
@@ -304,7 +314,7 @@ def main():
             f"; steps {first_step} to {args.steps}"
         )
     train_loop(args, place, lesson, (model, optimizer, first_step), checkpoint)
-    learned = report(args, place, model, lesson.teacher, test) if place.rank == 0 else ""
+    learned = report(args, place, model, lesson.targets, test) if place.rank == 0 else ""
     if place.world > 1:
         dist.destroy_process_group()
     if learned:
@@ -334,15 +344,30 @@ def prepare(args, place) -> tuple[Lesson, Speech]:
     teacher = load_teacher(args.teacher, args.teacher_layers)
     teacher_id = fingerprint(teacher)  # on the CPU, so that all processes agree
     teacher = teacher.to(place.device)
+    targets = keep_targets(args, place, speech, teacher, teacher_id)
     path = args.boundaries
     if not path:
         path = boundaries.cache_path(train, teacher_id, args.segment_ms, args.root)
         if not path.exists():
-            boundaries.segment(train, teacher, path, args.segment_ms, device=place.device)
+            boundaries.segment(train, targets, path, args.segment_ms, device=place.device)
     ends = boundaries.read_boundaries(path, train)
     if place.world > 1 and place.rank == 0:
         dist.barrier()
-    return Lesson(teacher, train, speech.part("valid").subset(200), ends), speech.part("test")
+    held_out = speech.part("valid").subset(200)
+    return Lesson(teacher, targets, train, held_out, ends), speech.part("test")
+
+
+def keep_targets(args, place, speech, teacher, teacher_id):
+    """What targets_of shall read or ask: kept targets of all speech, or the teacher."""
+    kept = KeptTargets(cache_path(speech, teacher_id, args.root), speech, teacher, place.device)
+    if place.rank == 0 and kept.wanted(args.keep_targets, teacher):
+        kept.write(teacher)
+    # The other processes take what rank 0 has left.
+    found = args.keep_targets != "never" and kept.complete()
+    # What was decided is written into the checkpoint. A run that goes on must not decide anew,
+    # since float16 targets give other weights.
+    args.keep_targets = "always" if found else "never"
+    return kept if found else teacher
 
 
 def train_loop(args, place, lesson, state, checkpoint):
@@ -388,7 +413,7 @@ def train_loop(args, place, lesson, state, checkpoint):
             used, waveforms, lengths = next(arriving)
             waveforms, lengths = waveforms.to(device), lengths.to(device)
             pseudo, number = boundaries.pseudo_alpha([ends[i] for i in used])
-            targets = lesson.teacher(waveforms, lengths)
+            targets = targets_of(lesson.targets, train, used, waveforms, lengths)
             if place.world > 1:  # gradients are exchanged once, after the last part
                 parallel.require_backward_grad_sync = part == args.accumulate - 1
             try:
@@ -475,7 +500,7 @@ def resume(checkpoint, model, optimizer, args) -> int:
     if "optimizer" not in content:
         raise ValueError(f"{checkpoint} can't be resumed: pretrain.py did not write it")
     try:
-        then = content["args"]
+        then = {"keep_targets": "never", **content["args"]}  # as before there was such a flag
         differ = {
             flag: (now, then.get(flag))
             for flag, now in vars(args).items()
@@ -507,7 +532,8 @@ def constant_loss(teacher, speech: Speech, device) -> list[float]:
         """Batches of the teacher's vectors without padding: (frames, D) for each layer."""
         for used, waveforms, lengths in loader(speech, by_length(speech)):
             if used:
-                layers = teacher(waveforms.to(device), lengths.to(device))
+                waveforms, lengths = waveforms.to(device), lengths.to(device)
+                layers = targets_of(teacher, speech, used, waveforms, lengths)
                 frames = [frames_of(n) for n in lengths.tolist()]
                 yield [
                     torch.cat([row[:n] for row, n in zip(layer, frames)]).float()
@@ -538,7 +564,8 @@ def evaluate(model: Distiller, teacher, speech: Speech, lams, device):
         if not used:
             continue
         waveforms, lengths = waveforms.to(device), lengths.to(device)
-        results = model(waveforms, lengths, teacher(waveforms, lengths), lams)
+        targets = targets_of(teacher, speech, used, waveforms, lengths)
+        results = model(waveforms, lengths, targets, lams)
         for row, (encoded, losses, covered) in zip(rows, results):
             row["tokens"] += encoded.lengths.sum().item()
             row["loss"] = row["loss"] + (losses * covered).sum((1, 2)).double()  # (layers,)
@@ -595,7 +622,7 @@ def check_held_out(args, place, model, lesson) -> str:
     if args.alpha == "segments":
         threshold = end_threshold(model.encoder, lesson.held_out, args.segment_ms, place.device)
         model.encoder.end_threshold.fill_(threshold)
-    rows, mean_alpha = evaluate(model, lesson.teacher, lesson.held_out, lams, place.device)
+    rows, mean_alpha = evaluate(model, lesson.targets, lesson.held_out, lams, place.device)
     model.encoder.mean_alpha.fill_(mean_alpha)  # lam_for turns milliseconds into λ by it
     losses = [f"{np.mean(row['distillation']):.3f} at λ = {row['lam']:g}" for row in rows]
     return f"loss: {', '.join(losses)}"

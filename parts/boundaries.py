@@ -44,6 +44,7 @@ from cif import widest_float
 from ofa_encoder import FRAME_MS, frames_of
 from parts.data import Speech, loader
 from parts.runs import atomic_write
+from parts.targets import targets_of
 
 BATCH = 64  # utterances that are segmented together
 LONGEST = 50  # frames in a segment: a second
@@ -58,7 +59,8 @@ HALVINGS = 14  # of the interval in which γ lies, to 1/16,384 of it
 def segment(speech: Speech, teacher, path: Path, period_ms=90.0, device="cpu"):
     """Write the file of boundaries of every utterance of speech, from the teacher's last layer.
 
-    Of each of its vectors the first teacher.boundary_dims numbers count (None: all).
+    Of each of its vectors the first teacher.boundary_dims numbers count (None: all). teacher may be
+    its kept targets (targets.py).
     period_ms: how long the mean segment lasts. device: where the teacher is.
     """
     # Utterances of similar length share a batch. γ is found in a sample of them.
@@ -90,7 +92,8 @@ def _spreads(speech, teacher, order, device):
     possible segments (B, S, LONGEST), and their numbers of frames (B,)."""
     plan = [order[k : k + BATCH].tolist() for k in range(0, len(order), BATCH)]
     for indices, waveforms, lengths in loader(speech, plan):
-        x = teacher(waveforms.to(device), lengths.to(device))[-1]  # (B, S, D)
+        waveforms, lengths = waveforms.to(device), lengths.to(device)
+        x = targets_of(teacher, speech, indices, waveforms, lengths)[-1]  # (B, S, D)
         frames = torch.tensor([frames_of(n) for n in lengths.tolist()], device=device)
         yield indices, spreads(x[:, :, : teacher.boundary_dims], LONGEST), frames
 
