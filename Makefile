@@ -1,4 +1,5 @@
-# make demo       pre-train a once-for-all encoder on two CPU cores: table, figure, checkpoint
+# make demo       pre-train a once-for-all encoder on two CPU cores: table, figure, checkpoint;
+#                 TEACHER=hubert_base, or what else pretrain.py --teacher takes, for another teacher
 # make test       lint, and all tests, notebooks included
 # make data       fetch the embedded corpus alone (once, 50 MB): what the notebooks need
 # make lint       formatter and linter
@@ -14,6 +15,7 @@
 # RESULTS=FOLDER takes another folder for sweep and results.
 
 PYTHON ?= python3
+TEACHER = mfcc
 TASKS = pool ctc seq2seq
 RESULTS = results
 
@@ -35,6 +37,9 @@ seed_of = $(or $(word 2,$(subst -seed, ,$1)),0)
 peer_of = $(if $(filter lam%,$1),--lam $(1:lam%=%),--compression $1)
 recipe_of = $(or $(steps_$1),$(PEER_STEPS) $(call peer_of,$1))
 
+# A teacher other than MFCCs has a folder of its own, so that --resume finds its own run there.
+DEMO = runs/demo$(if $(filter-out mfcc,$(TEACHER)),-$(subst /,-,$(TEACHER)))
+
 # Several small jobs side by side are faster than one with several threads.
 ONE_THREAD = OMP_NUM_THREADS=1 .venv/bin/python
 HEADS = --seeds 3 $(if $(filter seq2seq,$1),--epochs 40)
@@ -43,7 +48,7 @@ LEARN = $(ONE_THREAD) adaptive_lambda.py $(call HEADS,$1) --task $1
 
 demo: data/asterisk.pt
 	@echo "== pre-training; a stopped run goes on with the same command"
-	.venv/bin/python pretrain.py --out runs/demo --resume
+	.venv/bin/python pretrain.py --teacher $(TEACHER) --out $(DEMO) --resume
 
 test: data/asterisk.pt lint .venv/installed-for-tests
 	.venv/bin/python -m pytest

@@ -206,7 +206,7 @@ class KeptTargets:
                 unread = np.full((frames, sum(self.dims)), np.nan)
                 block = rows_of.get(i, unread)[:frames].astype("<f2").tobytes()
                 file.write(block + zlib.crc32(block).to_bytes(4, "little"))
-        file.flush()
+            file.flush()
         os.fsync(file.fileno())
 
     def _intact(self) -> tuple[int, int]:
