@@ -124,10 +124,11 @@ def test_the_file_is_as_large_as_announced(teacher, speech, tmp_path, monkeypatc
 
     monkeypatch.setattr(Wav2Vec2Teacher, "forward", listen)
     path = tmp_path / "targets.f16"
-    KeptTargets(path, speech, teacher).write(teacher)
+    kept = KeptTargets(path, speech, teacher)
+    kept.write(teacher)
     frames = sum(frames_of(u.samples) for u in speech.utterances)
     size = frames * 2 * 128 * 2 + 4 * len(speech)  # two layers of 128 numbers of two bytes
-    assert path.stat().st_size == size
+    assert path.stat().st_size == kept.size == size
     assert said[0] == (
         f"the teacher is asked once: its targets, {size / 1e9:.2f} GB, go into {path}\n"
     )
@@ -280,6 +281,7 @@ def test_what_is_complete_is_not_written_again(teacher, speech, written, asked):
     KeptTargets(written, speech, teacher).write(teacher)
     assert not asked
     assert written.stat() == before
+    assert list(written.parent.iterdir()) == [written]
 
 
 def test_two_runs_at_once_ask_only_once(teacher, speech, written, tmp_path, monkeypatch):
@@ -457,13 +459,12 @@ def test_pretraining_asks_the_teacher_once(run, folder, asked):
 
 
 def test_what_is_learned_from_kept_targets_is_the_same(run):
-    """Six steps with other roundings part ways by little: by less than a hundredth of what they
-    have learned."""
+    """Rounding moves the weights too, step by step. After six steps the held-out losses differ by
+    less than a hundredth of what was learned."""
     run("--out", "read", "--keep-targets", "always")
     run("--out", "asked", "--keep-targets", "never")
     run("--out", "start", "--keep-targets", "never", "--lr", "1e-9")
     learned = losses("start") - losses("asked")
-    print(learned, losses("read") - losses("asked"))
     assert (learned > 0).all()
     assert (np.abs(losses("read") - losses("asked")) < 0.01 * learned).all()
     assert not same_end("read", "asked")  # bit for bit they are not
@@ -489,11 +490,11 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(run, monkeypatch):
 
 
 def test_a_checkpoint_from_before_there_was_the_flag_can_be_resumed(run):
-    run("--out", "a", "--keep-targets", "never")
+    run("--out", "a", "--keep-targets", "never", "--steps", "2")
     content = load_checkpoint("a/checkpoint.pt")
     del content["args"]["keep_targets"]
     save(content, Path("a/checkpoint.pt"))
-    run("--out", "a", "--keep-targets", "never", "--resume")
+    run("--out", "a", "--keep-targets", "never", "--steps", "2", "--resume")
 
 
 def test_a_small_disk_ends_the_script_in_one_line_or_is_done_without(run, monkeypatch, capsys):
