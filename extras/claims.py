@@ -163,6 +163,13 @@ def verdict_within(differences) -> str:
     return "not shown" if worse else "yes"
 
 
+def verdict_better(differences) -> str:
+    """Whether ours is surely better everywhere."""
+    if not differences:
+        return "not measured"
+    return "yes" if all(d.low > 0 for d in differences) else "not everywhere"
+
+
 def claim(text, command, differences, verdict) -> dict:
     return {
         "claim": text,
@@ -219,14 +226,11 @@ def against_rivals(folder) -> dict:
             for period in (50, 90) if ours and theirs else ():
                 name = {"average": "averaged frames", "merge": "merged frames"}[by]
                 differences.append(compare(task, metric, name, ours, theirs, period))
-    verdict = "not measured"
-    if differences:
-        verdict = "yes" if all(d.low > 0 for d in differences) else "not everywhere"
     return claim(
         "pre-training with compression beats merging the frames of an encoder without",
         "make points-any points-rivals",
         differences,
-        verdict,
+        verdict_better(differences),
     )
 
 
@@ -238,14 +242,11 @@ def against_log_mels(folder) -> dict:
         theirs = load_heads(folder, "baselines", task, features="logmel")
         for period in (20, 33, 50, 90) if ours and theirs else ():
             differences.append(compare(task, metric, "log-mels", ours, theirs, period, 20))
-    verdict = "not measured"
-    if differences:
-        verdict = "yes" if all(d.low > 0 for d in differences) else "not everywhere"
     return claim(
         "the encoder is better than log-mels, compressed too",
         "make points-any points-baselines",
         differences,
-        verdict,
+        verdict_better(differences),
     )
 
 

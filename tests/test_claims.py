@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from extras import claims
-from extras.claims import Head, compare, load_heads, resample, verdict_within
+from extras.claims import Head, compare, load_heads, resample, verdict_better, verdict_within
 
 
 def point(folder, name, task="pool", encoder="a", seed=0, lam=0.0, period=20.0, test=50.0, **more):
@@ -128,6 +128,14 @@ def test_verdicts(apart, verdict):
     """As good to within a point: yes; worse, but perhaps by chance: not shown; surely worse: no."""
     differences = [claims.Difference("pool", "x", 20, 0, 0, *three, 1, 1) for three in apart]
     assert verdict_within(differences) == verdict
+
+
+def test_better_everywhere_or_not():
+    surely = claims.Difference("pool", "x", 20, 0, 0, 2.0, 0.1, 4.0, 1, 1)
+    perhaps = claims.Difference("pool", "x", 20, 0, 0, 2.0, -0.1, 4.0, 1, 1)
+    assert verdict_better([]) == "not measured"
+    assert verdict_better([surely, surely]) == "yes"
+    assert verdict_better([surely, perhaps]) == "not everywhere"
 
 
 def test_claims_of_a_folder(tmp_path, monkeypatch, capsys):
