@@ -171,11 +171,18 @@ def verdict_better(differences) -> str:
 
 
 def claim(text, command, differences, verdict) -> dict:
+    """A claim that rests on differences, with that in which ours does worst."""
+    shown = ""
+    if differences:
+        d = min(differences, key=lambda difference: difference.better)
+        shown = f"at worst {d} {METRIC_OF[d.task]}, at {d.period:.0f} ms, beside {d.beside}"
+    numbers = [d._asdict() for d in differences]
     return {
         "claim": text,
         "command": command,
         "verdict": verdict,
-        "numbers": [d._asdict() for d in differences],
+        "shown": shown,
+        "numbers": numbers,
     }
 
 
@@ -250,8 +257,89 @@ def against_log_mels(folder) -> dict:
     )
 
 
+def lam_is_found(folder) -> dict:
+    """λ found on the curve of a head for all rates: do heads agree, is it good, is it cheap?"""
+    numbers = []
+    for task, metric in METRIC_OF.items():
+        chosen = []
+        for path in sorted(folder.glob(f"any*/{task}-search-price0-*.json")):
+            chosen.append(read_point(path))
+        heads = load_heads(folder, "any", task, "any")
+        if not chosen or not heads:
+            continue
+        sign = 1 if metric in HIGHER_IS_BETTER else -1
+        periods = [point["frame_period_ms"] for point in chosen]
+        middle = float(np.median(periods))
+        best = np.mean([(sign * head.test).max() for head in heads])
+        grid = defaultdict(float)  # {seed: seconds of training a head at each rate}
+        for path in sorted((folder / "ofa").glob(f"{task}-*.json")):
+            point = read_point(path)
+            grid[point["config"]["seed"]] += point["train_s"]
+        seconds = min(point["train_s"] + point["test_s"] for point in chosen)
+        numbers.append(
+            {
+                "task": task,
+                "heads": len(chosen),
+                "period_ms": middle,
+                "apart": float(np.max(np.abs(np.array(periods) / middle - 1))),
+                "behind_best": float(best - np.mean([sign * point["test"] for point in chosen])),
+                "time_of_grid": seconds / min(grid.values()) if grid else None,
+            }
+        )
+    shown = "; ".join(
+        f"{METRIC_OF[n['task']]}: {n['period_ms']:.0f} ms ± {n['apart']:.0%}, "
+        f"{n['behind_best']:.1f} behind the best of the forty"
+        for n in numbers
+    )
+    verdict = "not measured"
+    if numbers:
+        agree = all(n["apart"] <= 0.1 and n["behind_best"] <= WITHIN for n in numbers)
+        cheap = all(n["time_of_grid"] is not None and n["time_of_grid"] < 1 for n in numbers)
+        verdict = "yes" if agree and cheap else "not everywhere"
+    return {
+        "claim": "the λ of a task is found on one head's curve, cheaper than by a grid of heads",
+        "command": "make points-any points-ofa",
+        "verdict": verdict,
+        "shown": shown,
+        "numbers": numbers,
+    }
+
+
+def tokens_end_with_sounds(folder) -> dict:
+    """How well the tokens of segments agree with pseudo-boundaries, near λ = 1."""
+    path = folder / "firing/segments.json"
+    numbers = []
+    if path.exists():
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        numbers = [row for row in rows if row["lam"] in (0.95, 1.0)]
+    scores = {(row["lam"], row["what"]): row["r_value"] for row in numbers}
+    shown = "; ".join(
+        f"R-value {scores[lam, 'tokens']:.2f} at λ = {lam:g}, equal spacing "
+        f"{scores[lam, 'equal spacing']:.2f}"
+        for lam in sorted({lam for lam, _ in scores})
+    )
+    verdict = "not measured"
+    if numbers:
+        reached = all(score >= 0.75 for (_, what), score in scores.items() if what == "tokens")
+        verdict = "yes" if reached else "no"
+    return {
+        "claim": "tokens end where sounds end: an R-value of 0.75 at λ = 0.95 and 1 (segments)",
+        "command": "make results",
+        "verdict": verdict,
+        "shown": shown,
+        "numbers": numbers,
+    }
+
+
 def all_claims(folder) -> list[dict]:
-    makers = (against_peers, against_own_heads, against_rivals, against_log_mels)
+    makers = (
+        against_peers,
+        against_own_heads,
+        lam_is_found,
+        tokens_end_with_sounds,
+        against_rivals,
+        against_log_mels,
+    )
     return [make(folder) for make in makers]
 
 
@@ -259,19 +347,18 @@ def all_claims(folder) -> list[dict]:
 
 
 def claims_table(claims) -> str:
-    """A row for each claim: its verdict, and the comparison in which it does worst."""
-    rows = []
-    for entry in claims:
-        worst = "–"
-        if entry["numbers"]:
-            d = Difference(**min(entry["numbers"], key=lambda number: number["better"]))
-            worst = f"{d} {METRIC_OF[d.task]} at {d.period:.0f} ms, beside {d.beside}"
-        rows.append([entry["claim"], entry["verdict"], worst])
-    return table(["claim", "here", "where it does worst"], rows)
+    """A row for each claim: its verdict, and the numbers that say most."""
+    rows = [[entry["claim"], entry["verdict"], entry["shown"] or "–"] for entry in claims]
+    return table(["claim", "here", "numbers"], rows)
 
 
 def numbers_table(entry) -> str:
-    """Every comparison of a claim: a row for each rate and rival, a column for each task."""
+    """Every comparison of a claim: a row for each rate and rival, a column for each task.
+
+    A claim that does not rest on comparisons has no such table.
+    """
+    if not entry["numbers"] or "beside" not in entry["numbers"][0]:
+        return ""
     rows = defaultdict(dict)  # {(rival, period): {task: difference}}
     for number in entry["numbers"]:
         d = Difference(**number)
@@ -296,7 +383,7 @@ def main():
     (folder / "claims.json").write_text(text + "\n", encoding="utf-8")
     print(claims_table(claims))
     for entry in claims:
-        if entry["numbers"]:
+        if numbers_table(entry):
             print(f"\n{entry['claim']}: {entry['verdict']}\n\n{numbers_table(entry)}")
 
 

@@ -546,7 +546,8 @@ def page(points, folder) -> str:
             claims_table(claims),
         ]
         for entry in claims:
-            text += [f"*{entry['claim']}*: {entry['verdict']}", numbers_table(entry)]
+            if numbers_table(entry):
+                text += [f"*{entry['claim']}*: {entry['verdict']}", numbers_table(entry)]
     if any(folder.glob("any*/*-search-*.json")):
         text += [
             "## λ found on the curve of one head",

@@ -147,7 +147,41 @@ def test_claims_of_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["claims.py", str(tmp_path)])
     claims.main()
     found = json.loads(Path(tmp_path / "claims.json").read_text())
-    assert [entry["verdict"] for entry in found] == ["no", "no", "not measured", "not measured"]
+    assert [entry["verdict"] for entry in found] == ["no", "no", *["not measured"] * 4]
     printed = capsys.readouterr().out
-    assert "-7.0 (-7.0 to -7.0) mAP at 20 ms, beside no compression" in printed
-    assert "-3.0 (-3.0 to -3.0) mAP at 90 ms, beside a head of its own" in printed
+    assert "at worst -7.0 (-7.0 to -7.0) mAP, at 20 ms, beside no compression" in printed
+    assert "at worst -3.0 (-3.0 to -3.0) mAP, at 90 ms, beside a head of its own" in printed
+
+
+def test_lam_is_found_if_heads_agree_and_it_is_good_and_cheap(tmp_path):
+    rows = [row(20.0, 51.0), row(90.0, 41.0)]
+    found = {"lam": "any", "rows": rows, "test_s": 5.0}
+    for seed, period in enumerate((20.0, 21.0, 21.5)):
+        point(tmp_path, f"any/pool-any-seed{seed}", seed=seed, **found)
+        name = f"any/pool-search-price0-seed{seed}"
+        point(tmp_path, name, seed=seed, period=period, test=50.5, **found)
+    point(tmp_path, "ofa/pool-0", lam=0.0, train_s=4.0)
+    point(tmp_path, "ofa/pool-1", lam=1.0, train_s=4.0, period=90.0)
+    entry = claims.lam_is_found(tmp_path)
+    (numbers,) = entry["numbers"]
+    assert numbers["period_ms"] == 21
+    assert numbers["apart"] == pytest.approx(1 / 21)
+    assert numbers["behind_best"] == pytest.approx(0.5)
+    assert numbers["time_of_grid"] == pytest.approx(6 / 8)  # a second of training, five of tests
+    assert entry["verdict"] == "yes"
+    assert entry["shown"] == "mAP: 21 ms ± 5%, 0.5 behind the best of the forty"
+    point(tmp_path, "any/pool-search-price0-seed3", seed=3, period=30.0, test=50.5, **found)
+    assert claims.lam_is_found(tmp_path)["verdict"] == "not everywhere"
+
+
+@pytest.mark.parametrize("r_value, verdict", [(0.76, "yes"), (0.7, "no")])
+def test_tokens_end_with_sounds(tmp_path, r_value, verdict):
+    rows = []
+    for lam in (0.9, 0.95, 1.0):
+        rows.append({"lam": lam, "what": "tokens", "r_value": r_value})
+        rows.append({"lam": lam, "what": "equal spacing", "r_value": 0.5})
+    (tmp_path / "firing").mkdir()
+    (tmp_path / "firing/segments.json").write_text(json.dumps({"rows": rows}))
+    entry = claims.tokens_end_with_sounds(tmp_path)
+    assert entry["verdict"] == verdict
+    assert entry["shown"].startswith(f"R-value {r_value:.2f} at λ = 0.95, equal spacing 0.50; ")
