@@ -378,6 +378,8 @@ def main():
     )
     parser.add_argument("folder", nargs="?", default="results", help="where the points are")
     folder = Path(parser.parse_args().folder)
+    if not any(folder.glob("*/*.json")):
+        raise ValueError(f"no points under {folder}: compute them with `make sweep`")
     claims = all_claims(folder)
     text = json.dumps(claims, indent=1, ensure_ascii=False)
     (folder / "claims.json").write_text(text + "\n", encoding="utf-8")

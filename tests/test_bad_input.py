@@ -720,6 +720,7 @@ ROWS = [
         "no points under no-points: compute them with `make sweep`",
     ),
     ("results of nothing", "extras.results nowhere", "no points under nowhere"),
+    ("claims of nothing", "extras.claims nowhere", "no points under nowhere"),
     ("results of half a point", "extras.results points", "points/half/1.json is no point"),
     (
         "results of a bare point",
