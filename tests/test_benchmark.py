@@ -116,9 +116,9 @@ def test_a_step_of_k_lams_encodes_at_k(tiny, monkeypatch):
     encode = pretraining.model.encoder.encode
     lams = []
 
-    def counted(x, frames, lam):
+    def counted(x, frames, lam, ends):
         lams.append(lam)
-        return encode(x, frames, lam)
+        return encode(x, frames, lam, ends)
 
     monkeypatch.setattr(pretraining.model.encoder, "encode", counted)
     for K in (1, 3):
