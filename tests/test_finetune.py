@@ -475,6 +475,8 @@ def test_every_kind_of_head_serves_any_rate(run, run_predict, tested, monkeypatc
     (point,) = points()
     assert len(point["rows"]) == 3
     assert len(run_predict(f"out/{task}-any-seed0.pt", "--ms", "60", *tested)) == len(tested)
+    _, head, _ = predict.load_head(f"out/{task}-any-seed0.pt")
+    assert head.mix.told is not None
 
 
 # Heads that are kept, for extras/predict.py.
