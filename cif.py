@@ -151,7 +151,7 @@ def _merge_rulers(total, fires, lengths, most_full, threshold):
 
     # Before frame end s lie s other frame ends and fires[s] token ends, which gives its place among
     # all marks. The places left over belong to the token ends.
-    ends_frame = torch.zeros(B, len(place), dtype=torch.int64, device=total.device)
+    ends_frame = torch.zeros(B, S + most_full, dtype=torch.int64, device=total.device)
     ends_frame.scatter_(1, fires + place[:S], 1)  # (B, P) 1 at a frame end, 0 at a token end
 
     # The frame of a piece is the number of frame ends before its own mark. Token ends are the rest.
