@@ -720,6 +720,7 @@ ROWS = [
         "no points under no-points: compute them with `make sweep`",
     ),
     ("results of nothing", "extras.results nowhere", "no points under nowhere"),
+    ("an export of nothing", "extras.export nowhere.pt x.onnx", "no checkpoint at nowhere.pt"),
     ("claims of nothing", "extras.claims nowhere", "no points under nowhere"),
     ("results of half a point", "extras.results points", "points/half/1.json is no point"),
     (
@@ -942,4 +943,5 @@ def test_every_script_has_rows():
         if "__main__" in path.read_text()
     }
     examples = {"cif", "ofa_encoder"}  # they take nothing
-    assert tried == scripts - examples - {"parts.superb"}  # superb prints what is missing
+    # superb prints what is missing; the flags of s3prl_expert are s3prl's own.
+    assert tried == scripts - examples - {"parts.superb", "extras.s3prl_expert"}
