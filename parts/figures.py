@@ -1,4 +1,4 @@
-"""One style for every figure, and the figure of one utterance at several λ.
+"""One style for every figure; the figure of one utterance at several λ, and that of two rulers.
 
 The same thing has the same colour everywhere. The colours are Okabe and Ito's palette, which
 colour-blind readers can tell apart.
@@ -38,7 +38,7 @@ STYLE = {
 
 @torch.no_grad()
 def utterance_figure(encoder, waveform, text, lams, path):
-    """Draw one utterance: its sound, its log-mel spectrogram, and α′ and fire times at each λ.
+    """Draw one utterance: its sound, and for each λ its tokens on the log-mel spectrogram and α′.
 
     waveform (samples,) at 16 kHz, on the encoder's device, the CPU; text: its title; lams: a list
     of λ; path: of the image.
@@ -46,56 +46,92 @@ def utterance_figure(encoder, waveform, text, lams, path):
     seconds = len(waveform) / SAMPLE_RATE
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots(
-            2 + len(lams),
+            1 + 2 * len(lams),
             1,
-            figsize=(11, 4 + 1.6 * len(lams)),
+            figsize=(11, 1.2 + 2.4 * len(lams)),
             sharex=True,
             layout="constrained",
-            height_ratios=[0.8, 1.4] + [1] * len(lams),
+            height_ratios=[0.7] + [1.4, 0.6] * len(lams),
         )
-        draw_sound(axes[0], axes[1], waveform)
+        draw_waveform(axes[0], waveform)
         axes[0].set(title=f"“{text}”" if text else "")
-        for axis, lam in zip(axes[2:], lams):
+        for above, below, lam in zip(axes[1::2], axes[2::2], lams):
             out = encoder(waveform[None], lam=lam)
-            draw_tokens(axis, out)
+            draw_spectrogram(above, waveform)
+            draw_edges(above, out)
+            draw_alpha(below, out)
             period = f"one every {out.frame_period():.0f} ms"
-            axis.set(title=f"λ = {lam:.2f}: {out.lengths.item()} tokens, {period}")
-        axes[2].legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2)
+            above.set(title=f"λ = {lam:.2f}: {out.lengths.item()} tokens, {period}")
+        axes[1].set_title("orange: a token ends", loc="right", color=COLOURS["fire"])
         axes[-1].set(xlabel="time (s)", xlim=(0, seconds))
         figure.savefig(path)
         plt.close(figure)
 
 
-def draw_sound(above, below, waveform):
-    """The waveform (samples,) on the axis above, and its log-mel spectrogram on the one below."""
-    seconds = len(waveform) / SAMPLE_RATE
+def draw_waveform(axis, waveform):
+    """waveform: (samples,) at 16 kHz."""
     times = np.arange(len(waveform)) / SAMPLE_RATE
-    above.plot(times, waveform.numpy(), color=COLOURS["waveform"], linewidth=0.5)
-    above.set(ylabel="waveform", yticks=[])
+    axis.plot(times, waveform.numpy(), color=COLOURS["waveform"], linewidth=0.5)
+    axis.set(ylabel="sound", yticks=[])
+
+
+def draw_spectrogram(axis, waveform):
+    """The log-mel spectrogram of waveform (samples,) at 16 kHz."""
     mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=400, hop_length=160, n_mels=80)
-    below.imshow(
+    axis.imshow(
         (mel(waveform) + 1e-6).log().numpy(),  # (80, frames of 10 ms)
         origin="lower",
         aspect="auto",
-        cmap="magma",
-        extent=(0, seconds, 0, 80),
+        cmap="gray_r",
+        extent=(0, len(waveform) / SAMPLE_RATE, 0, 80),
         vmin=-10,
     )
-    below.set(ylabel="mel channel", yticks=[0, 40, 80])
+    axis.set(ylabel="mel", yticks=[])
 
 
-def draw_tokens(axis, out):
-    """α′ of each frame and the fire times of an `Encoded` of one utterance."""
+def draw_edges(axis, out):
+    """A line where each token of an `Encoded` of one utterance fires."""
+    times = out.fired.fire_times[0].numpy() * FRAME_MS / 1000  # (T,) in seconds
+    axis.vlines(times, *axis.get_ylim(), color=COLOURS["fire"], linewidth=1.2)
+
+
+def draw_alpha(axis, out):
+    """α′ of each frame of an `Encoded` of one utterance."""
     alpha = out.fired.alpha[0].numpy()  # (S,)
     edges = np.arange(len(alpha) + 1) * FRAME_MS / 1000  # of the frames, in seconds
-    times = out.fired.fire_times[0].numpy() * FRAME_MS / 1000  # (T,)
-    axis.vlines(times, 0, 1, color=COLOURS["fire"], linewidth=1.5, label="a token fires")
-    axis.stairs(
-        alpha,
-        edges,
-        fill=True,
-        color=COLOURS["alpha"],
-        alpha=0.7,
-        label="α′ of each frame",
-    )
-    axis.set(ylabel="α′", ylim=(0, 1.05))
+    axis.stairs(alpha, edges, fill=True, color=COLOURS["alpha"], alpha=0.7)
+    axis.set(ylabel="α′", ylim=(0, 1.05), yticks=[0, 1])
+
+
+def rulers_figure(alpha, fired):
+    """CIF as two rulers on one line: the marks of frames and of tokens cut it into pieces.
+
+    alpha: (1, S), of few frames; fired: what `cif` makes of it. Returns the figure.
+    """
+    figure, axis = plt.subplots(figsize=(10, 2.9), layout="constrained")
+
+    # The upper ruler: frames.
+    white = {"color": "white", "edgecolor": COLOURS["alpha"], "linewidth": 2}
+    left = 0.0
+    for s, width in enumerate(alpha[0].tolist()):
+        axis.barh(1, width, left=left, height=0.5, **white)
+        axis.text(left + width / 2, 1, f"frame {s + 1}\nα = {width:g}", ha="center", va="center")
+        left += width
+    total = left
+
+    # The lower one: pieces, in the colour of their token.
+    colours = [COLOURS["logmel"], COLOURS["random"], COLOURS["ofa"]]
+    left = 0.0
+    for token, width in zip(fired.token[0].tolist(), fired.width[0].tolist()):
+        axis.barh(0, width, left=left, height=0.5, color=colours[token % 3], edgecolor="black")
+        if width > 0:
+            axis.text(left + width / 2, 0, f"{width:g}", ha="center", va="center")
+        left += width
+
+    for t in range(1, int(total) + 1):
+        axis.plot([t, t], [-0.4, 1.4], color=COLOURS["fire"], linewidth=2)
+        axis.text(t, 1.5, f"token {t} fires", color=COLOURS["fire"], ha="center")
+    axis.set(xlabel="running total of α", xlim=(0, total + 0.02), ylim=(-0.4, 1.8))
+    axis.set_yticks([0, 1], ["pieces", "frames"])
+    axis.spines["left"].set_visible(False)
+    return figure
