@@ -30,11 +30,11 @@ def test_edges_are_drawn_where_tokens_fire(asterisk):
 
 def test_rulers_show_every_piece():
     """0.5 + 0.75: the second frame is cut in two by token 1."""
-    alpha = torch.tensor([[0.5, 0.75]])
-    figure = rulers_figure(alpha, cif(torch.zeros(1, 2, 1), alpha))
+    alpha = torch.tensor([[0.5, 0.75, 0.25]])
+    figure = rulers_figure(alpha, cif(torch.zeros(1, 3, 1), alpha))
     texts = [text.get_text() for text in figure.axes[0].texts]
     plt.close(figure)
-    assert [text for text in texts if text[0] in "01"] == ["0.5", "0.5", "0.25"]
+    assert [text for text in texts if text[0] in "01"] == ["0.5", "0.5", "0.25", "0.25"]
     assert texts.count("token 1 fires") == 1
 
 
