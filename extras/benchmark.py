@@ -1,7 +1,7 @@
 """How fast: CIF beside torch-cif and a plain copy, the encoder at λ = 0 and 1, and pre-training.
 
-    cif           `cif`, torch-cif 0.2.0 and x.clone(): forward, forward and backward, peak memory;
-                  time per frame over length
+    cif           `cif`, torch-cif 0.2.0, FunASR's cif_v1 and x.clone(): forward, forward and
+                  backward, peak memory, how exact they are; time per frame over length
     encoder       its parts (CNN; α and CIF; positions and Transformer), all of it, and what
                   Amdahl's law makes of the parts
     pretraining   a step by its parts; K values of λ a step; pretrain.py as it is, idle and beside
@@ -15,7 +15,8 @@ whole can gain no more than (Amdahl)
 Goals stand in brackets beside what is measured. Ratios hold on other machines too, seconds do not:
 what is compared runs in one process, on the same tensors, interleaved. torch.utils.benchmark keeps
 the clock. After `pip install --no-deps s3prl`, the peer of the last table is DistilHuBERT's own
-code; otherwise it is made of torchaudio's modules.
+code; otherwise it is made of torchaudio's modules. cif_v1 is there after `pip install --no-deps
+funasr` alone.
 
 Large results cost time even before they are computed: Linux' C library gives large blocks back at
 once, so that mapping them again can cost more than the sums. It keeps them with
@@ -163,6 +164,16 @@ def cif_section(device, repeats) -> dict:
         ],
         [cif_cells(row) for row in sizes],
     )
+    if "cif_v1" in sizes[0]["error"]:
+        show(
+            "CIF beside FunASR's cif_v1: how many times faster; and the largest error of a full "
+            "token, in float32 beside float64",
+            [
+                *("(B, S, C)", "mean α", "forward ×", "and backward ×"),
+                *("error of cif", "of torch-cif", "of cif_v1"),
+            ],
+            [cif_v1_cells(row) for row in sizes],
+        )
     lengths = []
     for S in LENGTHS:
         x, alpha = cif_inputs((1, S, CIF_SIZES[0][2]), 0.25, device)
@@ -202,6 +213,28 @@ def torch_cif(x, alpha):
     return cif_function(x, alpha)["cif_out"][0]
 
 
+def funasr_cif():
+    """FunASR's cif_v1 as a function of x and alpha, by prefix sums of α·x; None if not installed.
+
+    It gives the tokens that are full, and at most one a frame.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it lists what else could be installed
+            from funasr.models.paraformer.cif_predictor import cif_v1
+    except ImportError:
+        return None
+    return lambda x, alpha: cif_v1(x, alpha, 1.0)[0]
+
+
+def error(function, x, alpha) -> float:
+    """How far full tokens are from those of `cif` in float64, at most."""
+    exact = cif(x.double(), alpha.double(), tail_threshold=None)
+    T = exact.tokens.shape[1]
+    is_full = torch.arange(T, device=x.device) < exact.lengths[:, None]  # (B, T)
+    apart = function(x, alpha)[:, :T].double() - exact.tokens
+    return apart[is_full].abs().max().item()
+
+
 def backward(function, x, alpha):
     """Forward, and the gradients of x and α."""
     x = x.detach().requires_grad_()
@@ -221,6 +254,11 @@ def measure_cif(size, mean_alpha, device, repeats) -> dict:
         "cif": partial(backward, our_cif, x, alpha),
         "torch-cif": partial(backward, torch_cif, x, alpha),
     }
+    errors = {"cif": error(our_cif, x, alpha), "torch-cif": error(torch_cif, x, alpha)}
+    if cif_v1 := funasr_cif():
+        forward["cif_v1"] = partial(cif_v1, x, alpha)
+        both["cif_v1"] = partial(backward, cif_v1, x, alpha)
+        errors["cif_v1"] = error(cif_v1, x, alpha)
     B, S, C = size
     return {
         "B": B,
@@ -230,7 +268,19 @@ def measure_cif(size, mean_alpha, device, repeats) -> dict:
         "forward_s": interleaved(forward, repeats),
         "both_s": interleaved(both, repeats),
         "peak_bytes": {name: peak_bytes(call, device) for name, call in both.items()},
+        "error": errors,
     }
+
+
+def cif_v1_cells(row) -> list[str]:
+    forward, both, errors = row["forward_s"], row["both_s"], row["error"]
+    return [
+        f"({row['B']}, {row['S']}, {row['C']})",
+        row["alpha"],
+        f"{forward['cif_v1'] / forward['cif']:.1f}",
+        f"{both['cif_v1'] / both['cif']:.1f}",
+        *(f"{errors[name]:.0e}" for name in ("cif", "torch-cif", "cif_v1")),
+    ]
 
 
 def cif_cells(row) -> list[str]:

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from cif import cif
 from extras import benchmark
 from extras.benchmark import busy_process, idle_and_busy, interleaved, peak_bytes, run_pretrain
 from ofa_encoder import PRESETS, frames_of
@@ -59,7 +60,8 @@ def numbers(content):
     return [content] if isinstance(content, (int, float)) else []
 
 
-def test_cif(run):
+def test_cif(run, monkeypatch):
+    monkeypatch.setattr(benchmark, "funasr_cif", lambda: None)  # as where it is not installed
     content, printed = run("cif")
     assert "encoder" not in content
     sizes = [tuple(row[k] for k in ("B", "S", "C", "alpha")) for row in content["cif"]["sizes"]]
@@ -70,10 +72,28 @@ def test_cif(run):
         # At least the tokens and the gradient of x, in float32.
         at_least = 4 * row["B"] * row["C"] * (row["S"] + int(row["alpha"] * row["S"] * 0.7))
         assert min(row["peak_bytes"].values()) >= at_least
+        assert set(row["error"]) == {"cif", "torch-cif"}
+        assert max(row["error"].values()) < 1e-4
+    assert "cif_v1" not in printed
     assert [row["S"] for row in content["cif"]["lengths"]] == [20, 40]
     assert min(numbers(content["cif"]["lengths"])) > 0
     for goal in ("(≥ 6)", "(≥ 5)", "(≤ 1.5)", "(≤ 1.2)"):
         assert goal in printed
+
+
+def test_cif_beside_a_second_peer(run, monkeypatch):
+    """It takes part if it is there. This one is 0.25 off, and says more tokens than there are."""
+
+    def peer(x, alpha):
+        tokens = cif(x, alpha, tail_threshold=0.0).tokens
+        return torch.cat([tokens + 0.25, tokens], 1)
+
+    monkeypatch.setattr(benchmark, "funasr_cif", lambda: peer)
+    content, printed = run("cif")
+    assert "of cif_v1" in printed
+    for row in content["cif"]["sizes"]:
+        assert row["forward_s"]["cif_v1"] > 0 and row["both_s"]["cif_v1"] > 0
+        assert row["error"]["cif_v1"] == pytest.approx(0.25, abs=1e-5)
 
 
 def test_encoder(run):
