@@ -11,7 +11,8 @@ PyTorchModelHubMixin. The folder holds
 
     config.json          the fields of ofa_encoder.Config
     model.safetensors    the weights, under their names in state_dict(); no code can hide there
-    README.md            the model card that the hub shows
+    README.md            the model card that the hub shows; one that is there already is kept, so
+                         write into it what data the encoder heard, and its licence
 
 From a checkpoint of pretrain.py such a folder is made by
 
