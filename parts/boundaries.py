@@ -103,15 +103,23 @@ def spreads(x: Tensor, longest: int) -> Tensor:
 
     At [b, s, n - 1] is Σ |x - mean|² over the n frames that end with frame s, which is
     Σ |x|² - |Σ x|² / n; infinite if n frames would begin before the first.
+
+    The second term is the sum of the products x_i · x_j of all pairs in the segment: a square on
+    the diagonal of the matrix of all products. A summed-area table (Crow, SIGGRAPH 1984) gives the
+    sum of any square from four corners, at a cost that hardly depends on D.
     """
     x = x.to(widest_float(x.device))  # differences of long sums
-    sums = pad(x.cumsum(1), (0, 0, 1, 0))  # (B, S + 1, D), from 0 on
+    x = x - x.mean(1, keepdim=True)  # no spread changes, and the sums stay small
+    products = x @ x.transpose(1, 2)  # (B, S, S)
+    table = pad(products.cumsum(1).cumsum(2), (1, 0, 1, 0))  # (B, S + 1, S + 1), from 0 on
+    diagonal = table.diagonal(0, 1, 2)  # (B, S + 1)
     squares = pad(x.square().sum(2).cumsum(1), (1, 0))  # (B, S + 1)
     B, S, _ = x.shape
     result = torch.full((B, S, longest), torch.inf, device=x.device)
     for n in range(1, min(S, longest) + 1):
-        total = sums[:, n:] - sums[:, :-n]  # (B, S - n + 1, D)
-        spread = squares[:, n:] - squares[:, :-n] - total.square().sum(2) / n
+        # The table is symmetric, so two of the corners are alike.
+        total = diagonal[:, n:] + diagonal[:, :-n] - 2 * table.diagonal(n, 1, 2)  # (B, S - n + 1)
+        spread = squares[:, n:] - squares[:, :-n] - total / n
         result[:, n - 1 :, n - 1] = spread.float()
     return result
 
