@@ -44,6 +44,7 @@ DEMO = runs/demo$(if $(filter-out mfcc,$(TEACHER)),-$(subst /,-,$(TEACHER)))
 ONE_THREAD = OMP_NUM_THREADS=1 .venv/bin/python
 HEADS = --seeds 3 $(if $(filter seq2seq,$1),--epochs 40)
 FINETUNE = $(ONE_THREAD) finetune.py $(call HEADS,$1) --task $1
+PRICES = $(if $(filter pool,$1),0 0.003 0.01 0.03,0 0.3 1 3)
 LEARN = $(ONE_THREAD) adaptive_lambda.py $(call HEADS,$1) --task $1
 
 demo: data/asterisk.pt
@@ -82,7 +83,7 @@ sweep: points-any points-ofa points-peers points-segments points-rivals points-b
 # One head for all rates, for each task and seed, and the best λ at several prices.
 points-any: $(OFA:%=points-any-%)
 points-any-%: runs/%/encoder.pt
-	$(foreach task,$(TASKS),$(call LEARN,$(task)) --way search --price 0 0.3 1 3 \
+	$(foreach task,$(TASKS),$(call LEARN,$(task)) --way search --price $(call PRICES,$(task)) \
 		--checkpoint $< --out $(RESULTS)/$(*:ofa%=any%) &&) true
 
 # A head of its own at each of five rates, on the first of the encoders.

@@ -175,7 +175,10 @@ def claim(text, command, differences, verdict) -> dict:
     shown = ""
     if differences:
         d = min(differences, key=lambda difference: difference.better)
-        shown = f"at worst {d} {METRIC_OF[d.task]}, at {d.period:.0f} ms, beside {d.beside}"
+        shown = (
+            f"at worst {d} {METRIC_OF[d.task]}, at {d.period:.0f} ms, beside {d.beside}; "
+            f"pre-trained with {d.encoders} seed{'s' if d.encoders > 1 else ''}"
+        )
     numbers = [d._asdict() for d in differences]
     return {
         "claim": text,
