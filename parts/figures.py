@@ -24,6 +24,7 @@ COLOURS = {
     "deaf": "#999999",
     "starts": ["#CC79A7", "#0072B2", "#E69F00"],
 }
+QUIET = -10  # of a log-mel spectrogram: what is below is drawn in the darkest colour
 STYLE = {
     "font.size": 12,
     "axes.spines.top": False,
@@ -75,16 +76,24 @@ def draw_waveform(axis, waveform):
     axis.set(ylabel="sound", yticks=[])
 
 
-def draw_spectrogram(axis, waveform):
-    """The log-mel spectrogram of waveform (samples,) at 16 kHz."""
+def log_mel(waveform):
+    """The log-mel spectrogram of a waveform (samples,) at 16 kHz: (80, samples // 160 + 1).
+
+    From low to high. The middle of column k lies at k · 10 ms.
+    """
     mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=400, hop_length=160, n_mels=80)
+    return (mel(waveform) + 1e-6).log()
+
+
+def draw_spectrogram(axis, waveform):
+    """The log-mel spectrogram of a waveform (samples,) at 16 kHz."""
     axis.imshow(
-        (mel(waveform) + 1e-6).log().numpy(),  # (80, frames of 10 ms)
+        log_mel(waveform).numpy(),
         origin="lower",
         aspect="auto",
         cmap="gray_r",
         extent=(0, len(waveform) / SAMPLE_RATE, 0, 80),
-        vmin=-10,
+        vmin=QUIET,
     )
     axis.set(ylabel="mel", yticks=[])
 
