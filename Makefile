@@ -12,6 +12,7 @@
 #
 # All make .venv from requirements.txt (once, and again when that changes) and fetch the corpus.
 # What the tests alone need is in tests/requirements.txt.
+# Tests in a browser are run by hand: see tests/test_listen.py.
 # RESULTS=FOLDER takes another folder for sweep and results.
 
 PYTHON ?= python3
