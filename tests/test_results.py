@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 from extras import results
@@ -14,7 +15,7 @@ REPO = Path(__file__).parent.parent
 
 
 def write_point(folder, model, test, period, **config):
-    """A point in folder/model, with metric `test` and frame period `period`."""
+    """A point in folder/model, with metric `test` and frame period `period`; returns its path."""
     config = {"features": "encoder", "seed": 0, **config}
     content = {
         "config": config,
@@ -35,7 +36,23 @@ def write_point(folder, model, test, period, **config):
     }
     (folder / model).mkdir(exist_ok=True)
     number = len(list(folder.glob("*/*")))
-    (folder / model / f"{number}.json").write_text(json.dumps(content))
+    path = folder / model / f"{number}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def write_any(folder, model, tests, features="encoder", **config):
+    """A point of a head for all rates, with its metric at 20, 40 and 80 ms."""
+    path = write_point(folder, model, tests[0], 20, features=features, lam="any", **config)
+    point = json.loads(path.read_text())
+    point["config"]["checkpoint_sha1"] = "e"
+    point["rows"] = []
+    for period, test in zip((20.0, 40.0, 80.0), tests):
+        row = {"frame_period_ms": period, "test": test, "transformer_gflops_per_s": 2 / period}
+        point["rows"].append({**row, "bootstrap": [test] * 200})
+    path.unlink()
+    name = f"{config['task']}-{features}-any-seed{config['seed']}.json"
+    (folder / model / name).write_text(json.dumps(point))
 
 
 def make(folder, monkeypatch) -> str:
@@ -84,6 +101,47 @@ def test_figures(points, monkeypatch):
 def test_figures_leave_out_what_paid_a_price(points):
     starts = results.select(results.load_points(points), "adaptive", "ctc")
     assert [summary.period for summary in starts.values()] == [27]
+
+
+def lines_drawn(folder, task, x):
+    """{label: line} of a panel of the trade-off figure."""
+    figure, axis = plt.subplots()
+    results.draw_tradeoff(axis, results.load_points(folder), folder, task, x)
+    plt.close(figure)
+    return axis, {line.get_label(): line for line in axis.lines}
+
+
+@pytest.mark.parametrize("x", ["period", "gflops"])
+def test_every_panel_runs_from_dear_to_cheap(points, x):
+    axis, lines = lines_drawn(points, "ctc", x)
+    at = lines["once-for-all, a head for each rate"].get_xdata()
+    left, right = axis.transData.transform([[at[0], 50], [at[1], 50]])[:, 0]
+    assert left < right
+
+
+def test_every_mark_means_one_thing():
+    label_of = {}
+    for peer in results.PEERS:
+        marker, label = results.peer_mark(peer)
+        assert label_of.setdefault(marker, label) == label
+
+
+def test_heads_for_all_rates_stand_beside_points_of_their_own_rule(points):
+    """The points of the fixture are of an older rule: they have no bootstrap."""
+    for seed, better in ((0, 0), (1, 2)):
+        tests = [30 - better, 40 - better, 60 - better]
+        write_any(points, "any", tests, task="ctc", seed=seed)
+        write_any(points, "rivals", [50, 60, 70], "average", task="ctc", seed=seed)
+    ours = "once-for-all, one head for all rates"
+    theirs = "no compression, frames averaged"
+    for x, xs in (("period", [20, 40, 80]), ("gflops", [0.1, 0.05, 0.025])):
+        _, lines = lines_drawn(points, "ctc", x)
+        assert {label for label in lines if label[0] != "_"} == {ours, theirs}
+        assert lines[ours].get_xdata().tolist() == pytest.approx(xs)
+        assert lines[ours].get_ydata().tolist() == [29, 39, 59]
+        assert lines[theirs].get_ydata().tolist() == [50, 60, 70]
+    _, lines = lines_drawn(points, "pool", "period")
+    assert "once-for-all, a head for each rate" in lines and ours not in lines
 
 
 def test_other_configurations_are_not_averaged(tmp_path):
