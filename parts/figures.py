@@ -1,4 +1,4 @@
-"""One style for every figure; the figure of one utterance at several λ, and that of two rulers.
+"""One style for every figure; figures of one utterance at several λ, of two rulers, of texts.
 
 The same thing has the same colour everywhere. The colours are Okabe and Ito's palette, which
 colour-blind readers can tell apart.
@@ -144,3 +144,83 @@ def rulers_figure(alpha, fired):
     axis.set_yticks([0, 1], ["pieces", "frames"])
     axis.spines["left"].set_visible(False)
     return figure
+
+
+def align(wanted, predicted) -> list[tuple]:
+    """Pairs (unit of wanted, unit of predicted) by the fewest edits, None where one has nothing.
+
+    wanted, predicted: strings, or lists of words. The pairs that are not equal are the errors that
+    CER and WER count.
+    """
+    rows = len(wanted) + 1
+    columns = len(predicted) + 1
+    edits = np.zeros((rows, columns), int)  # from the first n units to the first m
+    edits[:, 0] = np.arange(rows)
+    edits[0] = np.arange(columns)
+    for n in range(1, rows):
+        for m in range(1, columns):
+            replaced = edits[n - 1, m - 1] + (wanted[n - 1] != predicted[m - 1])
+            edits[n, m] = min(replaced, edits[n - 1, m] + 1, edits[n, m - 1] + 1)
+
+    # Go back from the end by the way that led there.
+    pairs = []
+    n = len(wanted)
+    m = len(predicted)
+    while n or m:
+        differ = n == 0 or m == 0 or wanted[n - 1] != predicted[m - 1]
+        if n and m and edits[n, m] == edits[n - 1, m - 1] + differ:
+            n -= 1
+            m -= 1
+            pairs.append((wanted[n], predicted[m]))
+        elif n and edits[n, m] == edits[n - 1, m] + 1:
+            n -= 1
+            pairs.append((wanted[n], None))
+        else:
+            m -= 1
+            pairs.append((None, predicted[m]))
+    return pairs[::-1]
+
+
+def texts_figure(examples, words=False):
+    """What was wanted, and below it what was predicted instead. Returns the figure.
+
+    examples: for each utterance {name of the row: text}, first what was wanted. words: compare word
+    by word instead of letter by letter. Errors are orange, a dot stands for a letter that is
+    missing, and ␣ for a wrong space.
+    """
+    rows = sum(len(example) + 1 for example in examples)
+    figure, axis = plt.subplots(figsize=(11, 0.34 * rows), layout="constrained")
+    longest = 45
+    y = 0
+    for example in examples:
+        wanted = next(iter(example.values()))
+        for name, text in example.items():
+            axis.text(-7, y, name, color=COLOURS["waveform"])
+            if words:
+                pairs = align(wanted.split(), text.split())
+            else:
+                pairs = align(wanted, text)
+            longest = max(longest, write_pairs(axis, y, pairs, " " if words else ""))
+            y -= 1
+        y -= 1
+    axis.set(xlim=(-7, longest), ylim=(y + 1, 1))
+    axis.axis("off")
+    return figure
+
+
+def write_pairs(axis, y, pairs, after):
+    """A line of text at height y, a letter at each whole x; after: what follows each pair.
+
+    Returns how many letters it has.
+    """
+    column = 0
+    for wanted, predicted in pairs:
+        shown = "·" * len(wanted) if predicted is None else predicted
+        style = {"color": "black"}
+        if wanted != predicted:
+            shown = shown.replace(" ", "␣")
+            style = {"color": COLOURS["fire"], "weight": "bold"}
+        for letter in shown + after:
+            axis.text(column, y, letter, family="monospace", fontsize=15, **style)
+            column += 1
+    return column

@@ -7,10 +7,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from torchaudio.functional import edit_distance
 
 from cif import cif
 from ofa_encoder import FRAME_MS, OFAEncoder
-from parts.figures import draw_edges, rulers_figure
+from parts.figures import COLOURS, align, draw_edges, rulers_figure, texts_figure
 
 REPO = Path(__file__).parent.parent
 
@@ -36,6 +37,26 @@ def test_rulers_show_every_piece():
     plt.close(figure)
     assert [text for text in texts if text[0] in "01"] == ["0.5", "0.5", "0.25", "0.25"]
     assert texts.count("token 1 fires") == 1
+
+
+def test_texts_are_aligned_by_the_fewest_edits():
+    texts = ["", "a", "truncating audio", "trnqe i nuio", "press six to play", "pressix tplrea"]
+    for wanted in texts:
+        for predicted in texts:
+            pairs = align(wanted, predicted)
+            assert "".join(w for w, _ in pairs if w) == wanted
+            assert "".join(p for _, p in pairs if p) == predicted
+            errors = sum(w != p for w, p in pairs)
+            assert errors == edit_distance(wanted, predicted)
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_errors_of_texts_are_orange(words):
+    """“to” instead of “two”: a letter is missing, or a word is wrong."""
+    figure = texts_figure([{"wanted": "press two", "20 ms": "press to"}], words)
+    orange = [t.get_text() for t in figure.axes[0].texts if t.get_color() == COLOURS["fire"]]
+    plt.close(figure)
+    assert "".join(orange).strip() == ("to" if words else "·")
 
 
 def test_pictures_of_readme_can_be_made(tmp_path):
