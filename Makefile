@@ -118,7 +118,7 @@ points-baselines: runs/ofa/encoder.pt
 # λ learned with a head, from three starts, in the paper's way and by differences.
 points-learned: runs/ofa/encoder.pt
 	$(foreach task,$(TASKS),$(foreach way,differences autograd,$(call LEARN,$(task)) \
-		--way $(way) --checkpoint $< --out $(RESULTS)/learned &&)) true
+		--way $(way) --checkpoint $< --out $(RESULTS)/learned-$(way) &&)) true
 
 runs/%/encoder.pt: | data/asterisk.pt
 	$(ONE_THREAD) pretrain.py --resume --out runs/$* --seed $(call seed_of,$*) \

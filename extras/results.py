@@ -8,7 +8,8 @@
     results/results.md     tables: the trade-off, once-for-all against its peers, the learned λ, …
     results/tradeoff.png   the metric over frame period and over cost, for CTC, seq2seq and pooling;
                            in a task with heads for all rates, beside points of the same rule only
-    results/lambda.png     λ over epochs, from each starting point
+    results/lambda.png     λ over epochs, from each starting point, if it was learned
+    results/earlier/       points of earlier encoders and rules, with their tables and figures
 
 Every number is a mean over heads, of all pre-training seeds that there are, ± their standard
 deviation. Between the λ of the grid, the curve is read by linear interpolation in the frame period.
@@ -57,6 +58,12 @@ ONE_HEAD = {  # models of which there are heads for all rates
     "k3": "K = 3, one head",
 }
 SHOWN_MS = (20, 25, 33, 50, 70, 90, 130, 180)  # of the forty rates
+# λ learned with a head, by folder: by which slope, and how its lines are drawn.
+LEARNED = {
+    "adaptive": ("autograd", "-"),
+    "learned-autograd": ("autograd", ":"),
+    "learned-differences": ("differences", "-"),
+}
 BASELINES = {"logmel": "log-mel", "random": "untrained encoder", "deaf": "deaf"}
 LEGEND = """\
 ± is the standard deviation over seeds of the head. *ms / token*: mean frame period of all
@@ -160,9 +167,9 @@ def select(points, model, task, features="encoder") -> dict[float, Summary]:
 
 
 def learned_settings(points, task) -> list[Setting]:
-    """Those in which λ was learned: by price, then by start."""
-    learned = [s for s in points if s.model == "adaptive" and s.task == task]
-    return sorted(learned, key=lambda setting: (setting.price, setting.lam))
+    """Those in which λ was learned: by price, then by slope, then by start."""
+    learned = [s for s in points if s.model in LEARNED and s.task == task]
+    return sorted(learned, key=lambda setting: (setting.price, setting.model, setting.lam))
 
 
 def gain(task, ours, theirs) -> float:
@@ -300,6 +307,7 @@ def learned_table(points) -> str:
             rows.append(
                 [
                     name,
+                    LEARNED[setting.model][0],
                     setting.lam,
                     f"{setting.price:g}",
                     summary.seeds,
@@ -312,7 +320,16 @@ def learned_table(points) -> str:
                     f"{minutes_of_grid:.1f}",
                 ]
             )
-    header = ["task", "λ starts at", "price", "seeds", "λ learned", "ms / token", "metric %"]
+    header = [
+        "task",
+        "slope by",
+        "λ starts at",
+        "price",
+        "seeds",
+        "λ learned",
+        "ms / token",
+        "metric %",
+    ]
     header += ["best of the grid (by validation)", "better by"]
     header += ["minutes, fastest seed", "minutes of the grid"]
     return table(header, rows)
@@ -546,15 +563,18 @@ def draw_search(above, below, points, task):
     """One task's λ on the axis above, its validation metric on the one below; a line for a run."""
     colours = COLOURS["starts"]
     settings = [s for s in learned_settings(points, task) if s.price == 0]
-    for k, setting in enumerate(settings):
-        colour = colours[k % len(colours)]
+    starts = sorted({setting.lam for setting in settings})
+    for setting in settings:
+        colour = colours[starts.index(setting.lam) % len(colours)]
+        slope, style = LEARNED[setting.model]
         for point in points[setting]:
             search = point["search"]
             epochs = np.arange(len(search) + 1)
             lams = [setting.lam, *(epoch["lam"] for epoch in search)]
-            above.plot(epochs, lams, color=colour, label=f"from λ = {setting.lam:g}")
+            label = f"from λ = {setting.lam:g}, by {slope}"
+            above.plot(epochs, lams, style, color=colour, label=label)
             above.plot(epochs[-1], point["lam"], "*", markersize=12, color=colour)
-            below.plot(epochs[1:], [epoch["valid"] for epoch in search], color=colour)
+            below.plot(epochs[1:], [epoch["valid"] for epoch in search], style, color=colour)
     above.plot([], [], "*", markersize=12, color="black", label="the λ that was learned")
     above.set(title=TASKS[task], ylabel="λ", ylim=(0, None))
     # A head that repeats itself has a WER of several hundred: such lines leave the figure.
@@ -606,15 +626,20 @@ def page(points, folder) -> str:
             "*price*: what is added to the loss, times tokens per frame.",
             search_table(folder),
         ]
-    text += [
-        "## Once-for-all against its peers",
-        "How much better (+) or worse (−) once-for-all is than the peer, at the peer's frame "
-        "period, in points of the metric.",
-        peers_table(points),
-        "## The learned λ",
-        "*price*: what is added to the loss, times tokens per frame.",
-        learned_table(points),
-    ]
+    peers = peers_table(points)
+    if "±" in peers:
+        text += [
+            "## Once-for-all against its peers",
+            "How much better (+) or worse (−) once-for-all with a head for each λ is than the "
+            "peer, at the peer's frame period, in points of the metric.",
+            peers,
+        ]
+    if any(learned_settings(points, task) for task in TASKS):
+        text += [
+            "## The learned λ",
+            "*price*: what is added to the loss, times tokens per frame.",
+            learned_table(points),
+        ]
     if (folder / "pretraining").exists():
         text += [
             "## Pre-training",

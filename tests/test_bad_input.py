@@ -203,7 +203,7 @@ def place(folder, tmp_path_factory):
             torch.save(content, name)
         Path("of-cut").mkdir()
         Path("of-cut/checkpoint.pt").write_bytes(Path("run/checkpoint.pt").read_bytes()[:100_000])
-        shutil.copytree(REPO / "results/average2", "with-firing/average2")
+        shutil.copytree(REPO / "results/earlier/average2", "with-firing/average2")
         Path("with-firing/firing").mkdir()
         Path("with-firing/firing/ofa.json").write_text("[]")
     return place

@@ -1,5 +1,6 @@
 """The README tells the truth: its Python runs, its links lead somewhere, its numbers are ours."""
 
+import json
 import re
 import shlex
 import shutil
@@ -10,6 +11,7 @@ import pytest
 import adaptive_lambda
 import finetune
 import pretrain
+from extras.claims import claims_table
 
 REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -52,8 +54,15 @@ def test_commands_have_flags_that_exist(page):
         parsers[script](flags)
 
 
+def test_claims_are_those_of_the_points():
+    claims = json.loads((REPO / "results/claims.json").read_text())
+    assert claims_table(claims) in README, "copy the first table that extras.claims prints"
+
+
 def test_numbers_are_those_of_the_results():
-    ours = set(re.findall(PLUS_MINUS, (REPO / "results/results.md").read_text()))
+    ours = set()
+    for results in ("results/results.md", "results/earlier/results.md"):
+        ours |= set(re.findall(PLUS_MINUS, (REPO / results).read_text()))
     for page in (REPO / "README.md", REPO / "docs/findings.md"):
         found = set(re.findall(PLUS_MINUS, page.read_text()))
         assert found and not found - ours
