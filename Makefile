@@ -26,7 +26,7 @@ PEERS = none none-seed1 none-seed2 lam1.04 lam1.04-seed1 lam1.04-seed2 \
 	average2 average4 lam0.51 lam0.78
 
 # How each is pre-trained. Once-for-all may take the time of the six peers that it stands for. The
-# last four are compared with each other: K = 1, 2, 3 values of λ a step take equal time.
+# last four are compared with each other: K = 1, 2, 3 values of λ a step take about equal time.
 steps_ofa = --steps 9000
 steps_segments = --steps 3000 --alpha segments
 steps_k1 = --steps 5000 --lams-per-step 1
@@ -73,6 +73,7 @@ benchmark: data/asterisk.pt
 
 results: data/asterisk.pt
 	.venv/bin/python -m extras.firing checkpoints/ofa-tiny.pt $(RESULTS)/firing/ofa.json
+	.venv/bin/python -m extras.firing checkpoints/segments-tiny.pt $(RESULTS)/firing/segments.json
 	.venv/bin/python -m extras.claims $(RESULTS)
 	.venv/bin/python -m extras.results $(RESULTS)
 

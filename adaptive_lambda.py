@@ -21,11 +21,11 @@ autograd     The paper's way: λ is a parameter, learned with a head, and its gr
 
                  loss → hidden states → tokens → widths of CIF's pieces → α′ → λ
 
-Why not autograd alone? As λ grows, the tokens of an utterance grow until it has one token less, and
-then start anew. Within such a tooth the loss is smooth and autograd is exact. From tooth to tooth
-it jumps, and autograd never sees the jumps. What it returns is the slope of the teeth, not that of
-the saw, and the two may differ in sign (notebook 4 shows it). Differences over a step that is wider
-than a tooth see both.
+Why not autograd alone? As λ grows, the edges of all tokens slide on, and the last token, the tail,
+shrinks until it is worth less than half a token and is dropped. Between two such losses of a token,
+in a tooth, the loss is continuous and autograd is exact. From tooth to tooth it jumps, and autograd
+never sees the jumps. What it returns is the slope of the teeth, not that of the saw, and the two
+may differ in sign (notebook 4 shows it). Differences over a step wider than a tooth see both.
 
 In both of the last two λ = 1.99 σ(r), and r is the parameter: 0 < λ < 2 whatever the optimiser
 does. λ rests for the first steps (--freeze): a head that knows nothing yet, above all one under CTC
@@ -43,7 +43,7 @@ charged instead, with Σ α′ for the number of tokens, and n for how many CTC 
     autograd:   ln(symbols + 1) · mean over utterances of relu(n - Σ α′) / n
 
 **price.** Tokens per frame are 1 at λ = 0, where the price is added to the loss in full, and about
-0.23 at λ = 1. The dearer tokens are, the longer the best ones.
+0.22 at λ = 1. The dearer tokens are, the longer the best ones.
 
 Source: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models",
 ICASSP 2023: λ learned with the task. What is too short, price, freeze and the other ways are ours.

@@ -13,8 +13,9 @@ one token t, and has a width w. This list of triplets (f, t, w) *is* CIF:
     frame_f = Σ (w / α_f) · token_t  over the pieces of frame f      (expand, the way back)
 
 The pieces are ordered along the line, so both sums run over consecutive pieces, and each is one
-call of `torch.nn.functional.embedding_bag`. There is no loop over time, tokens or utterances, and
-a frame with a large α may fire several tokens.
+call of `torch.nn.functional.embedding_bag`, which gathers, weighs and sums at once, without a
+tensor (B, P, C). There is no loop over time, tokens or utterances, and a frame with a large α may
+fire several tokens.
 
 The *tail* is what is left after the last full token. If its mass reaches tail_threshold · β it
 fires once more, scaled up to the mass β; a smaller tail is dropped.

@@ -7,19 +7,19 @@ The encoder runs once at each λ, and its hidden states are kept. A head is trai
 --epochs, while the learning rate rises and falls once, and is tested as it is at the end. So every
 rate gets a head of its own, and the curve over λ compares rates, not hours of training.
 
-Such a head serves no other rate. With --lam any, one head is trained for all of them, as the
-encoder was: at each step λ = 0 and two more, drawn from the shorter and the longer tokens. It is
-told how long each token is (heads.tell). Then it is tested at forty rates, from 20 ms to some 230,
-at most of which it has not been trained.
+Such a head serves no rate far from its own. With --lam any, one head is trained for all of them, as
+the encoder was: at each step λ = 0 and two more of twelve, one from their lower half and one from
+the upper. It is told how long each token is (heads.tell). Then it is tested at forty rates, from 20
+ms to some 230, at most of which it has not been trained.
 
 Baselines get the same head, and other features in the encoder's place (--features). An utterance
 that λ makes too short for its text under CTC can't be transcribed in full: such utterances are
 counted (infeasible_test), and scored like any other. A score that is no better than guessing is
 printed with a warning.
 
-One λ and one seed make a *point*: a JSON file in --out with configuration, scores and cost (see
-parts/runs.py). A point that exists is not computed again, so a sweep goes on where it was stopped;
-a file of another configuration is refused.
+A trained head makes a *point*: a JSON file in --out with configuration, scores and cost, at one λ,
+or at forty rates with --lam any (see parts/runs.py). A point that exists is not computed again, so
+a sweep goes on where it was stopped; a file of another configuration is refused.
 
 Sources: the protocol: Yang et al., "SUPERB: Speech processing universal performance benchmark",
 Interspeech 2021. The curve over λ: Chen, Meng and Lee, "Once-for-all sequence compression for

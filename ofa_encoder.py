@@ -232,12 +232,16 @@ def lock_to_ends(weights, ends):
         ends of segments         |           |     |              |
         total of α′             1.4         2.3   2.9            4.2
         rounded                  1           2     3              4
-        between these, α′ · g/m  with g = 1 by how much the rounded total has grown,
-                                 and m = 1.4, 0.9, 0.6, 1.3 the mass that was there
+        between these, α′ · g/m  with g = 1, 1, 1, 1, by how much the rounded total has grown,
+                                 and m = 1.4, 0.9, 0.6, 1.3, the mass that was there
 
     Where it has not grown, the segment joins the next one; at the end of the utterance, the one
     before. So the number of tokens is the rounded total, as without the lock. The factor g/m has no
     gradient: λ keeps the slope that it has in α′.
+
+    Up to λ = 1 a segment of n frames has the mass n (1 - λ) + λ, which is at least 1, so the rounded
+    total grows at every end: no token crosses one. Beyond, a segment has only 2 - λ, and some join
+    the next, as one of 0.3 would here.
     """
     slack = ROUNDING[weights.dtype]  # a total of 2.5 is rounded up, though it be 2.4999999999
     rounded = (weights.detach().cumsum(1) + 0.5 + slack).floor()  # (B, S)

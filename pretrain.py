@@ -16,9 +16,10 @@ and one linear head for each distilled layer predicts the teacher's vectors h th
 The first line is DistilHuBERT's loss, the next two are once-for-all's. Guidance acts on α *before*
 λ changes it: one unit of mass for each segment is what λ then scales, whatever λ was drawn.
 
-With --alpha segments the predictor learns where segments end, and pseudo-α itself is α meanwhile.
-Guidance then is the cross entropy of its probability that a segment ends with a frame. How probable
-an end must be to count is set on held-out speech, so that its segments last --segment-ms.
+With --alpha segments the predictor learns where segments end, and while it learns, pseudo-α is used
+in place of α. Guidance then is the cross entropy of its probability that a segment ends with a
+frame. How probable an end must be to count is set on held-out speech, so that its segments last
+--segment-ms.
 
 The CNN and the teacher do not depend on λ and are most of the work, so K = 3 values of λ cost less
 than twice what one costs, not three times (docs/speed.md). λ = 0 is always among them: it is the
@@ -689,7 +690,7 @@ def print_table(rows, mean_alpha, layers, constant):
     columns.append("Transformer GFLOPs / s of speech")
     print("  ".join(f"{column:>11}" for column in columns))
     for row in rows:
-        cells = [f"{row['lam']:.2f}", f"{row['period_ms']:.1f}", f"{row['closed_form_ms']:.1f}"]
+        cells = [f"{row['lam']:.3f}", f"{row['period_ms']:.1f}", f"{row['closed_form_ms']:.1f}"]
         cells.append(f"{row['tokens_per_s']:.1f}")
         for loss, guess in zip(row["distillation"], constant):
             cells += [f"{loss:.3f}", f"{guess:.3f}"]

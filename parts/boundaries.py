@@ -5,8 +5,8 @@ stood for by the mean of its frames, and costs a price γ besides:
 
     minimise over the cuts   Σ_segments (Σ_(s in segment) |x_s - mean of the segment|² + γ)
 
-The cheapest cuts are found exactly, by dynamic programming. γ is bisected until the mean segment
-lasts as long as a phone, ~90 ms. In a segment of n frames the
+The cheapest cuts into segments of at most a second are found exactly, by dynamic programming. γ is
+bisected until the mean segment lasts as long as a phone, ~90 ms. In a segment of n frames the
 pseudo-α is 1/n, so it adds up to 1 over the segment:
 
     frames      1    2  |  3    4    5    6  |  7

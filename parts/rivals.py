@@ -1,14 +1,15 @@
 """Rivals that need no training: frames of an encoder without compression, merged as they are.
 
-An encoder that was pre-trained without compression sees a frame every 20 ms. Nothing forbids to
-merge its frames anyway, and to give its Transformer fewer tokens than it was trained on:
+An encoder that was pre-trained without compression sees a frame every 20 ms. Nothing forbids
+merging its frames anyway, and giving its Transformer fewer tokens than it was trained on:
 
     average   tokens of equal length, as average pooling gives them, at any rate
     merge     neighbours that are alike: a token ends where the cosine of two neighbouring frames is
               lowest, as many times as the rate asks for, and is the mean of its frames
 
-Both follow λ as once-for-all does: tokens per frame = modify_alpha(0.22, λ). What the curves of
-these two lie below (finetune.py --features), pre-training with compression is worth.
+Both follow λ as once-for-all does: tokens per frame = modify_alpha(0.22, λ). How far
+these two (finetune.py --features) fall short of once-for-all is what pre-training with compression
+is worth.
 
 Source of merging: Li et al., "Accelerating Transducers through adjacent token merging" (A-ToMe),
 Interspeech 2023. There neighbours are merged between layers, in several rounds; here before the

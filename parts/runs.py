@@ -1,6 +1,7 @@
 """What the scripts share: files that are never left half-written, flags, and points.
 
-A *point* is what one head reached at one λ with one seed, as a JSON file:
+A *point* is one trained head and what it reached, as a JSON file: at one λ with one seed; with
+--lam any at forty rates with one seed; of a search for λ, at the λ found with one price and seed:
 
     config    all that the result depends on: flags, λ, seed, hashes of the checkpoint and of a TSV
     command   computes it again
