@@ -239,9 +239,9 @@ def lock_to_ends(weights, ends):
     before. So the number of tokens is the rounded total, as without the lock. The factor g/m has no
     gradient: λ keeps the slope that it has in α′.
 
-    Up to λ = 1 a segment of n frames has the mass n (1 - λ) + λ, which is at least 1, so the rounded
-    total grows at every end: no token crosses one. Beyond, a segment has only 2 - λ, and some join
-    the next, as one of 0.3 would here.
+    Up to λ = 1 a segment of n frames has the mass n (1 - λ) + λ, which is at least 1, so the
+    rounded total grows at every end: no token crosses one. Beyond, a segment has only 2 - λ, and
+    some join the next, as one of 0.3 would here.
     """
     slack = ROUNDING[weights.dtype]  # a total of 2.5 is rounded up, though it be 2.4999999999
     rounded = (weights.detach().cumsum(1) + 0.5 + slack).floor()  # (B, S)

@@ -149,8 +149,8 @@ def test_claims_of_a_folder(tmp_path, monkeypatch, capsys):
     found = json.loads(Path(tmp_path / "claims.json").read_text())
     assert [entry["verdict"] for entry in found] == ["no", "no", *["not measured"] * 4]
     printed = capsys.readouterr().out
-    assert "at worst -7.0 (-7.0 to -7.0) mAP, at 20 ms, beside no compression" in printed
-    assert "at worst -3.0 (-3.0 to -3.0) mAP, at 90 ms, beside a head of its own" in printed
+    assert "mAP at worst -7.0 (-7.0 to -7.0), at 20 ms, beside no compression" in printed
+    assert "mAP at worst -3.0 (-3.0 to -3.0), at 90 ms, beside a head of its own" in printed
 
 
 def test_lam_is_found_if_heads_agree_and_it_is_good_and_cheap(tmp_path):
