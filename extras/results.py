@@ -409,9 +409,9 @@ def draw_tradeoff(axis, points, folder, task, x):
             color = COLOURS[features]
             axis.axhline(summaries[0].test, color=color, linestyle="--", label=label)
 
-    # At least twenty points high, so that small differences look small.
+    # As high as characters need, so that a point looks alike in all tasks.
     low, high = axis.get_ylim()
-    room = max(0, 20 - (high - low)) / 2
+    room = max(0, 60 - (high - low)) / 2
     axis.set(ylim=(low - room, high + room), ylabel=f"test {METRIC_OF[task]} (%)")
 
     axis.set(title=f"{TASKS[task]}, {better_is(task)}")
