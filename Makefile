@@ -45,7 +45,7 @@ DEMO = runs/demo$(if $(filter-out mfcc,$(TEACHER)),-$(subst /,-,$(TEACHER)))
 ONE_THREAD = OMP_NUM_THREADS=1 .venv/bin/python
 HEADS = --seeds 3 $(if $(filter seq2seq,$1),--epochs 40)
 FINETUNE = $(ONE_THREAD) finetune.py $(call HEADS,$1) --task $1
-PRICES = $(if $(filter pool,$1),0 0.003 0.01 0.03,0 0.3 1 3)
+PRICES = $(if $(filter pool,$1),0 0.03 0.1 0.3,0 0.3 1 3)
 LEARN = $(ONE_THREAD) adaptive_lambda.py $(call HEADS,$1) --task $1
 
 demo: data/asterisk.pt
