@@ -48,4 +48,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"extras.pictures: {error}")
+        sys.exit(f"pictures.py: {error}")

@@ -720,6 +720,8 @@ ROWS = [
         "no points under no-points: compute them with `make sweep`",
     ),
     ("results of nothing", "extras.results nowhere", "no points under nowhere"),
+    ("a page of nothing", "extras.listen nowhere.pt x.html", "no checkpoint at nowhere.pt"),
+    ("pictures of nothing", "extras.pictures nowhere.pt", "no checkpoint at nowhere.pt"),
     ("an export of nothing", "extras.export nowhere.pt x.onnx", "no checkpoint at nowhere.pt"),
     ("claims of nothing", "extras.claims nowhere", "no points under nowhere"),
     ("results of half a point", "extras.results points", "points/half/1.json is no point"),
