@@ -177,10 +177,7 @@ def claim(text, command, differences, verdict) -> dict:
         of_task = [d for d in differences if d.task == task]
         if of_task:
             d = min(of_task, key=lambda difference: difference.better)
-            shown.append(f"{metric} at worst {d}, at {d.period:.0f} ms, beside {d.beside}")
-    if differences:
-        seeds = min(d.encoders for d in differences)
-        shown.append(f"pre-trained with {seeds} seed{'s' if seeds > 1 else ''}")
+            shown.append(f"{metric} {d} at {d.period:.0f} ms")
     numbers = [d._asdict() for d in differences]
     return {
         "claim": text,
@@ -202,7 +199,7 @@ def against_peers(folder) -> dict:
                 period = float(np.mean([head.periods[0] for head in theirs]))
                 differences.append(compare(task, metric, name, ours, theirs, period))
     return claim(
-        "one encoder with one head is as good at each rate as an encoder and a head made for it",
+        "one encoder and one head are as good at each rate as those made for it",
         "make points-any points-peers",
         differences,
         verdict_within(differences),
@@ -221,7 +218,7 @@ def against_own_heads(folder) -> dict:
             period = float(np.mean([head.periods[k] for head in theirs]))
             differences.append(compare(task, metric, "a head of its own", ours, theirs, period))
     return claim(
-        "one head serves every rate as well as a head trained at that rate alone",
+        "one head serves every rate as well as a head made for it",
         "make points-any points-ofa",
         differences,
         verdict_within(differences),
@@ -239,7 +236,7 @@ def against_rivals(folder) -> dict:
                 name = {"average": "averaged frames", "merge": "merged frames"}[by]
                 differences.append(compare(task, metric, name, ours, theirs, period))
     return claim(
-        "pre-training with compression beats merging the frames of an encoder without",
+        "pre-training with compression beats merging frames without",
         "make points-any points-rivals",
         differences,
         verdict_better(differences),
@@ -292,8 +289,8 @@ def lam_is_found(folder) -> dict:
             }
         )
     shown = "; ".join(
-        f"{METRIC_OF[n['task']]}: {n['period_ms']:.0f} ms ± {n['apart']:.0%}, "
-        f"{n['behind_best']:.1f} behind the best of the forty"
+        f"{METRIC_OF[n['task']]} {n['period_ms']:.0f} ms ± {n['apart']:.0%}, "
+        f"{n['behind_best']:.1f} behind the best"
         for n in numbers
     )
     verdict = "not measured"
@@ -302,7 +299,7 @@ def lam_is_found(folder) -> dict:
         cheap = all(n["time_of_grid"] is not None and n["time_of_grid"] < 1 for n in numbers)
         verdict = "yes" if agree and cheap else "not everywhere"
     return {
-        "claim": "the λ of a task is found on one head's curve, cheaper than by a grid of heads",
+        "claim": "λ is found on one head's curve, cheaper than by a grid of heads",
         "command": "make points-any points-ofa",
         "verdict": verdict,
         "shown": shown,
@@ -319,7 +316,7 @@ def tokens_end_with_sounds(folder) -> dict:
         numbers = [row for row in rows if row["lam"] in (0.95, 1.0)]
     scores = {(row["lam"], row["what"]): row["r_value"] for row in numbers}
     shown = "; ".join(
-        f"R-value {scores[lam, 'tokens']:.2f} at λ = {lam:g}, equal spacing "
+        f"R {scores[lam, 'tokens']:.2f} at λ = {lam:g}, equal spacing "
         f"{scores[lam, 'equal spacing']:.2f}"
         for lam in sorted({lam for lam, _ in scores})
     )
@@ -328,7 +325,7 @@ def tokens_end_with_sounds(folder) -> dict:
         reached = all(score >= 0.75 for (_, what), score in scores.items() if what == "tokens")
         verdict = "yes" if reached else "no"
     return {
-        "claim": "tokens end where sounds end: an R-value of 0.75 at λ = 0.95 and 1 (segments)",
+        "claim": "tokens of segments end where sounds end (R-value ≥ 0.75)",
         "command": "make results",
         "verdict": verdict,
         "shown": shown,
@@ -354,7 +351,7 @@ def all_claims(folder) -> list[dict]:
 def claims_table(claims) -> str:
     """A row for each claim: its verdict, and the numbers that say most."""
     rows = [[entry["claim"], entry["verdict"], entry["shown"] or "–"] for entry in claims]
-    return table(["claim", "here", "numbers"], rows)
+    return table(["claim", "here", "at worst"], rows)
 
 
 def numbers_table(entry) -> str:

@@ -20,7 +20,9 @@ PROMPT = "en/call-fwd-unconditional"  # of the embedded corpus, not heard in pre
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m extras.pictures",
+        description="Draw the two pictures of README.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("checkpoint", nargs="?", default="checkpoints/segments-tiny.pt", help="of pretrain.py")

@@ -5,14 +5,14 @@
     results/pretraining/   the tables that pretrain.py printed about the encoders
     results/firing/        what firing.py found
 
-    results/results.md     tables: the trade-off, once-for-all against its peers, the learned λ, …
+    results/results.md     tables: the trade-off, the claims, the learned λ, …
     results/tradeoff.png   the metric over frame period and over cost, for CTC, seq2seq and pooling;
                            in a task with heads for all rates, beside points of the same rule only
     results/lambda.png     λ over epochs, from each starting point, if it was learned
     results/earlier/       points of earlier encoders and rules, with their tables and figures
 
 Every number is a mean over heads, of all pre-training seeds that there are, ± their standard
-deviation. Between the λ of the grid, the curve is read by linear interpolation in the frame period.
+deviation.
 
     python -m extras.results results
 """
@@ -262,35 +262,6 @@ def search_table(folder) -> str:
     return table(header, rows)
 
 
-def peers_table(points) -> str:
-    """How much better once-for-all is than each peer, at the peer's frame period."""
-    rows = []
-    for peer, name in PEERS.items():
-        cells = []
-        for task in TASKS:
-            # A difference without a deviation would say nothing: single seeds don't count.
-            curve = [s for s in select(points, "ofa", task).values() if s.seeds > 1]
-            others = [s for s in select(points, peer, task).values() if s.seeds > 1]
-            cell = ""
-            if curve and others:
-                cell = difference(task, curve, others[0])
-            if cell:
-                name = f"{PEERS[peer]}, {others[0].period:.0f} ms"
-            cells.append(cell)
-        rows.append([name, *cells])
-    return table(["peer", *TASKS.values()], rows)
-
-
-def difference(task, curve, other) -> str:
-    """The curve, read at the frame period of the other Summary, minus the other; "" outside it."""
-    periods = [s.period for s in curve]
-    if not periods[0] - 1 < other.period < periods[-1] + 1:
-        return ""
-    test = np.interp(other.period, periods, [s.test for s in curve])
-    sd = np.hypot(np.interp(other.period, periods, [s.sd for s in curve]), other.sd)
-    return f"{gain(task, test, other.test):+.1f} ± {sd:.1f}"
-
-
 def learned_table(points) -> str:
     """A row for each task, start and price of a learned λ, beside the best λ of the grid."""
     rows = []
@@ -320,17 +291,8 @@ def learned_table(points) -> str:
                     f"{minutes_of_grid:.1f}",
                 ]
             )
-    header = [
-        "task",
-        "slope by",
-        "λ starts at",
-        "price",
-        "seeds",
-        "λ learned",
-        "ms / token",
-        "metric %",
-    ]
-    header += ["best of the grid (by validation)", "better by"]
+    header = ["task", "slope by", "λ starts at", "price", "seeds", "λ learned", "ms / token"]
+    header += ["metric %", "best of the grid (by validation)", "better by"]
     header += ["minutes, fastest seed", "minutes of the grid"]
     return table(header, rows)
 
@@ -625,14 +587,6 @@ def page(points, folder) -> str:
             "## λ found on the curve of one head",
             "*price*: what is added to the loss, times tokens per frame.",
             search_table(folder),
-        ]
-    peers = peers_table(points)
-    if "±" in peers:
-        text += [
-            "## Once-for-all against its peers",
-            "How much better (+) or worse (−) once-for-all with a head for each λ is than the "
-            "peer, at the peer's frame period, in points of the metric.",
-            peers,
         ]
     if any(learned_settings(points, task) for task in TASKS):
         text += [

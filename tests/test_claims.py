@@ -149,8 +149,8 @@ def test_claims_of_a_folder(tmp_path, monkeypatch, capsys):
     found = json.loads(Path(tmp_path / "claims.json").read_text())
     assert [entry["verdict"] for entry in found] == ["no", "no", *["not measured"] * 4]
     printed = capsys.readouterr().out
-    assert "mAP at worst -7.0 (-7.0 to -7.0), at 20 ms, beside no compression" in printed
-    assert "mAP at worst -3.0 (-3.0 to -3.0), at 90 ms, beside a head of its own" in printed
+    assert "mAP -7.0 (-7.0 to -7.0) at 20 ms" in printed
+    assert "mAP -3.0 (-3.0 to -3.0) at 90 ms" in printed
 
 
 def test_lam_is_found_if_heads_agree_and_it_is_good_and_cheap(tmp_path):
@@ -169,7 +169,7 @@ def test_lam_is_found_if_heads_agree_and_it_is_good_and_cheap(tmp_path):
     assert numbers["behind_best"] == pytest.approx(0.5)
     assert numbers["time_of_grid"] == pytest.approx(6 / 8)  # a second of training, five of tests
     assert entry["verdict"] == "yes"
-    assert entry["shown"] == "mAP: 21 ms ± 5%, 0.5 behind the best of the forty"
+    assert entry["shown"] == "mAP 21 ms ± 5%, 0.5 behind the best"
     point(tmp_path, "any/pool-search-price0-seed3", seed=3, period=30.0, test=50.5, **found)
     assert claims.lam_is_found(tmp_path)["verdict"] == "not everywhere"
 
@@ -184,4 +184,4 @@ def test_tokens_end_with_sounds(tmp_path, r_value, verdict):
     (tmp_path / "firing/segments.json").write_text(json.dumps({"rows": rows}))
     entry = claims.tokens_end_with_sounds(tmp_path)
     assert entry["verdict"] == verdict
-    assert entry["shown"].startswith(f"R-value {r_value:.2f} at λ = 0.95, equal spacing 0.50; ")
+    assert entry["shown"].startswith(f"R {r_value:.2f} at λ = 0.95, equal spacing 0.50; ")
