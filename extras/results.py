@@ -395,9 +395,7 @@ def comparable(points, folder, task) -> dict[Setting, list[dict]]:
     if not load_heads(folder, "any", task, "any"):
         return points
     return {
-        setting: runs
-        for setting, runs in points.items()
-        if setting.task == task and all("bootstrap" in run for run in runs)
+        setting: runs for setting, runs in points.items() if all("bootstrap" in run for run in runs)
     }
 
 

@@ -86,7 +86,7 @@ def test_cif_beside_a_second_peer(run, monkeypatch):
 
     def peer(x, alpha):
         tokens = cif(x, alpha, tail_threshold=0.0).tokens
-        return torch.cat([tokens + 0.25, tokens], 1)
+        return torch.cat([tokens - 0.25, tokens], 1)
 
     monkeypatch.setattr(benchmark, "funasr_cif", lambda: peer)
     content, printed = run("cif")
