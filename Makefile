@@ -102,8 +102,11 @@ points-peer-%: runs/%/encoder.pt
 		--lam $(or $(patsubst lam%,%,$(filter lam%,$(call name_of,$*))),0) \
 		--out $(RESULTS)/$* &&) true
 
-# Tokens that end where segments end, beside an encoder that had as many steps; and K = 1, 2, 3.
+# Tokens that end where segments end, those that it detects and, as an oracle, pseudo-boundaries;
+# beside an encoder that had as many steps (k3); and K = 1, 2, 3.
 points-segments: $(addprefix points-any-,segments k1 k2 k3)
+	$(foreach task,$(TASKS),$(call FINETUNE,$(task)) --lam any --boundaries pseudo \
+		--checkpoint runs/segments/encoder.pt --out $(RESULTS)/segments-oracle &&) true
 
 points-rivals: runs/none/encoder.pt
 	$(foreach task,$(TASKS),$(foreach by,average merge,$(call FINETUNE,$(task)) --lam any \

@@ -234,7 +234,7 @@ class LearnedLam(TrainableSource):
     def encode_at(self, indices, lam):
         """The utterances encoded at λ, and what is added to the head's loss there."""
         x, frames = self.frames(indices)
-        out = self.encode(x, frames, lam)
+        out = self.encode(x, frames, lam, self.frames.marks(indices))
         # Σ α′ of an utterance is its number of tokens before rounding, and has a gradient.
         mass = out.fired.alpha.sum(1)  # (B,)
         cost = self.price * mass.sum() / out.frames.sum()
@@ -265,7 +265,7 @@ class MeasuredLam(LearnedLam):
     def encode_at(self, indices, lam):
         """As above, but tokens and utterances that are too short are counted."""
         x, frames = self.frames(indices)
-        out = self.encode(x, frames, lam)
+        out = self.encode(x, frames, lam, self.frames.marks(indices))
         cost = self.price * out.lengths.sum() / out.frames.sum()
         if self.needed is not None:
             cost = cost + self.guess * (self.needed[list(indices)] > out.lengths).float().mean()
@@ -332,7 +332,7 @@ def main():
         stem = f"{args.task}-{args.way}-price{price:g}-from{start:g}"
         for seed, path in finetune.unfinished(args, from_start, stem).items():
             if not frames:
-                frames = FrameCache(task.speech, encoder, args.device, in_memory)
+                frames = FrameCache(task.speech, encoder, args.device, in_memory, task.ends)
             began = time.time()
             lam, history = learn_lam(args, task, frames, start, price, seed)
             search_s = time.time() - began

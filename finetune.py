@@ -12,10 +12,13 @@ the encoder was: at each step λ = 0 and two more of twelve, one from their lowe
 the upper. It is told how long each token is (heads.tell). Then it is tested at forty rates, from 20
 ms to some 230, at most of which it has not been trained.
 
-Baselines get the same head, and other features in the encoder's place (--features). An utterance
-that λ makes too short for its text under CTC can't be transcribed in full: such utterances are
-counted (infeasible_test), and scored like any other. A score that is no better than guessing is
-printed with a warning.
+Baselines get the same head, and other features in the encoder's place (--features). With
+--boundaries pseudo the segments of an encoder that detects them end at pseudo-boundaries instead:
+an oracle, which shows what a better detector could be worth.
+
+An utterance that λ makes too short for its text under CTC can't be transcribed in full: such
+utterances are counted (infeasible_test), and scored like any other. A score that is no better than
+guessing is printed with a warning.
 
 A trained head makes a *point*: a JSON file in --out with configuration, scores and cost, at one λ,
 or at forty rates with --lam any (see parts/runs.py). A point that exists is not computed again, so
@@ -42,7 +45,7 @@ import copy
 import hashlib
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +55,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ofa_encoder import FRAME_MS, OFAEncoder, check_lam, period_from_lam
+from parts.boundaries import SEGMENT_MS, found_boundaries, read_boundaries
 from parts.cache import FEATURES, FrameCache, HiddenStateCache, TrainableSource, UnfrozenEncoder
 from parts.data import SPLITS
 from parts.heads import HEADS
@@ -70,6 +74,7 @@ from parts.runs import (
 from parts.scores import bootstrap, guessing, score
 from parts.superb import SUPERB, load_superb
 from parts.tasks import KINDS, Task, data_sha1, load_task
+from parts.teachers import fingerprint, load_teacher
 
 BATCH = 16  # utterances in a step
 MAX_GRADIENT_NORM = 5.0
@@ -84,8 +89,10 @@ LAMS_PER_STEP = 3
 RATES = 40  # it is tested at
 
 # Flags that are not in a point's configuration: they say where it is computed, not what. (λ and
-# the seed are put there one by one; --keep and --save-heads do not change the scores.)
-NOT_IN_CONFIG = {"lam", "seeds", "seed", "out", "root", "device", "keep", "save_heads"}
+# the seed are put there one by one, and boundaries by what is in them; --keep and --save-heads do
+# not change the scores.)
+NOT_IN_CONFIG = {"lam", "seeds", "seed", "boundaries"}
+NOT_IN_CONFIG |= {"out", "root", "device", "keep", "save_heads"}
 
 
 # 1. The command line.
@@ -120,6 +127,11 @@ def build_parser(
     add("--root", default="data", help="folder of the embedded corpus")
     add("--fold", type=int, choices=range(1, 6), default=1, help="IEMOCAP's test session, for er")
     add("--features", choices=FEATURES, default="encoder", help="the head's input, or a baseline's")
+    add(
+        "--boundaries",
+        help="where segments end, in place of what an encoder of segments detects: a file, as of "
+        "pretrain.py, or pseudo: pseudo-boundaries",
+    )
     add("--lam", type=lam_or_any, nargs="+", default=[0.0], help=lam)
     add("--seeds", type=int, default=1, help="heads for each λ")
     add("--seed", type=int, default=0, help="of the first of them; the next ones count up")
@@ -176,6 +188,11 @@ def check(args):
         )
     if args.features in RIVALS and (args.save_heads or args.unfreeze):
         raise ValueError(f"--features {args.features} goes without --save-heads and --unfreeze")
+    if args.boundaries and (args.features != "encoder" or args.unfreeze or args.save_heads):
+        raise ValueError(
+            "--boundaries is for --features encoder, frozen, and goes without --save-heads: "
+            "in use, the encoder must detect where segments end"
+        )
     if not args.data:
         args.data = args.root if args.task in SUPERB else "asterisk"
     device = pick_device(args.device)
@@ -499,8 +516,25 @@ def prepare(args):
             torch.manual_seed(0)
             encoder = OFAEncoder(encoder.config).to(args.device).eval()
         encoder.requires_grad_(args.unfreeze)
+    if args.boundaries:
+        if encoder.config.alpha != "segments":
+            raise ValueError(
+                f"{args.checkpoint} has no segments: --boundaries is for an encoder of "
+                "pretrain.py --alpha segments"
+            )
+        task = replace(task, ends=known_ends(args, task))
+        from_file = args.boundaries != "pseudo"
+        config["boundaries"] = short_sha1(args.boundaries) if from_file else "pseudo"
     Path(args.out).mkdir(parents=True, exist_ok=True)
     return encoder, task, config
+
+
+def known_ends(args, task) -> list:
+    """Where segments end in each utterance of the task, in frames, as --boundaries has it."""
+    if args.boundaries != "pseudo":
+        return read_boundaries(args.boundaries, task.speech)
+    teacher = load_teacher("mfcc")
+    return found_boundaries(task.speech, teacher, fingerprint(teacher), SEGMENT_MS, args.root)
 
 
 def short_sha1(path) -> str:
@@ -544,7 +578,7 @@ def points_of_each_lam(parser, args, encoder, task, config):
         # A frozen encoder runs once: its CNN for all λ, the rest for all seeds.
         if not args.unfreeze:
             if encoder and not frames:
-                frames = FrameCache(task.speech, encoder, args.device, in_memory)
+                frames = FrameCache(task.speech, encoder, args.device, in_memory, task.ends)
             source = states = HiddenStateCache(
                 task.speech, args.features, encoder, lam, args.device, frames, in_memory
             )
@@ -590,7 +624,7 @@ def points_of_any_lam(parser, args, encoder, task, config):
         return
     began = time.time()
     in_memory = args.keep == "memory"
-    frames = FrameCache(task.speech, encoder, args.device, in_memory)
+    frames = FrameCache(task.speech, encoder, args.device, in_memory, task.ends)
 
     def states_at(lam, keep):
         return HiddenStateCache(

@@ -120,7 +120,12 @@ def parse_arguments(argv=None):
         "the teacher has weights and it takes up to 2 GB and a tenth of the free disk",
     )
     add("--boundaries", help="file of segment boundaries; default: found from the teacher")
-    add("--segment-ms", type=float, default=90.0, help="mean length of the segments found")
+    add(
+        "--segment-ms",
+        type=float,
+        default=boundaries.SEGMENT_MS,
+        help="mean length of the segments found",
+    )
     add("--preset", choices=PRESETS, default="tiny", help="sizes of the encoder")
     add("--layers", type=int, default=2, help="its Transformer layers")
     add("--compression", choices=COMPRESSIONS, default="cif", help="cif follows λ; others: peers")
@@ -346,12 +351,12 @@ def prepare(args, place) -> tuple[Lesson, Speech]:
     teacher_id = fingerprint(teacher)  # on the CPU, so that all processes agree
     teacher = teacher.to(place.device)
     targets = keep_targets(args, place, speech, teacher, teacher_id)
-    path = args.boundaries
-    if not path:
-        path = boundaries.cache_path(train, teacher_id, args.segment_ms, args.root)
-        if not path.exists():
-            boundaries.segment(train, targets, path, args.segment_ms, device=place.device)
-    ends = boundaries.read_boundaries(path, train)
+    if args.boundaries:
+        ends = boundaries.read_boundaries(args.boundaries, train)
+    else:
+        ends = boundaries.found_boundaries(
+            train, targets, teacher_id, args.segment_ms, args.root, place.device
+        )
     if place.world > 1 and place.rank == 0:
         dist.barrier()
     held_out = speech.part("valid").subset(200)

@@ -37,13 +37,12 @@ import numpy as np
 import torch
 
 from ofa_encoder import FRAME_MS, OFAEncoder
-from parts import boundaries
+from parts.boundaries import SEGMENT_MS, found_boundaries
 from parts.data import by_length, load, loader
 from parts.teachers import fingerprint, load_teacher
 
 TOLERANCE_MS = 20
 FIRING_LAMS = (0.5, 0.8, 0.9, 0.95, 0.99, 1.0, 1.01, 1.1, 1.5)
-SEGMENT_MS = 90.0  # mean length of the segments found
 
 
 def agreeing(fires, ends, tolerance) -> int:
@@ -166,10 +165,8 @@ def main():
 
     # The same teacher and mean length as pretrain.py's defaults, on the test split.
     teacher = load_teacher("mfcc")
-    path = boundaries.cache_path(speech, fingerprint(teacher), SEGMENT_MS, "data")
-    if not path.exists():
-        boundaries.segment(speech, teacher, path, SEGMENT_MS)
-    rows = firing(encoder, speech, boundaries.read_boundaries(path, speech))
+    ends = found_boundaries(speech, teacher, fingerprint(teacher), SEGMENT_MS, "data")
+    rows = firing(encoder, speech, ends)
 
     content = {"checkpoint": args.checkpoint, "tolerance_ms": TOLERANCE_MS, "rows": rows}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

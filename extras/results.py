@@ -53,6 +53,7 @@ ENCODERS = {
 ONE_HEAD = {  # models of which there are heads for all rates
     "any": "once-for-all, one head",
     "segments": "segments, one head",
+    "segments-oracle": "segments, pseudo-boundaries as an oracle, one head",
     "k1": "K = 1, one head",
     "k2": "K = 2, one head",
     "k3": "K = 3, one head",

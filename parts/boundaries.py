@@ -46,6 +46,7 @@ from parts.data import Speech, loader
 from parts.runs import atomic_write
 from parts.targets import targets_of
 
+SEGMENT_MS = 90.0  # how long the mean segment lasts, if nothing else is asked for
 BATCH = 64  # utterances that are segmented together
 LONGEST = 50  # frames in a segment: a second
 SAMPLE = 400  # utterances from which γ is found
@@ -56,7 +57,7 @@ HALVINGS = 14  # of the interval in which γ lies, to 1/16,384 of it
 
 
 @torch.no_grad()
-def segment(speech: Speech, teacher, path: Path, period_ms=90.0, device="cpu"):
+def segment(speech: Speech, teacher, path: Path, period_ms=SEGMENT_MS, device="cpu"):
     """Write the file of boundaries of every utterance of speech, from the teacher's last layer.
 
     Of each of its vectors the first teacher.boundary_dims numbers count (None: all). teacher may be
@@ -190,6 +191,19 @@ def cache_path(speech: Speech, teacher: str, period_ms: float, root) -> Path:
     utterances = [(u.id, u.samples) for u in speech.utterances]
     key = json.dumps([utterances, teacher, period_ms, "piecewise constant"])
     return Path(root) / f"boundaries-{hashlib.sha1(key.encode()).hexdigest()[:12]}.tsv"
+
+
+def found_boundaries(
+    speech: Speech, teacher, teacher_id: str, period_ms: float, root, device="cpu"
+) -> list[np.ndarray]:
+    """What `segment` finds, as `read_boundaries` returns it; kept under root, and found only once.
+
+    teacher, period_ms, device: as of `segment`; teacher_id: its fingerprint.
+    """
+    path = cache_path(speech, teacher_id, period_ms, root)
+    if not path.exists():
+        segment(speech, teacher, path, period_ms, device)
+    return read_boundaries(path, speech)
 
 
 def read_boundaries(path, speech: Speech) -> list[np.ndarray]:

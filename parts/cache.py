@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ofa_encoder import FRAME_MS, SAMPLE_RATE, frames_of, transformer_gflops
+from parts.boundaries import pseudo_alpha
 from parts.data import Speech, by_length, pad
 from parts.heads import tell
 from parts.rivals import RIVALS
@@ -40,13 +41,14 @@ class FrameCache:
     """The CNN's frames of each utterance, which λ does not change.
 
     frames(indices) returns x (B, S, C), zero past each length, and the numbers of frames (B,).
-    keep: keep them, in half precision; else they are computed at every call.
+    keep: keep them, in half precision; else they are computed at every call. ends: as of Task.
     """
 
-    def __init__(self, speech: Speech, encoder, device, keep=True):
+    def __init__(self, speech: Speech, encoder, device, keep=True, ends=None):
         self.speech = speech
         self.encoder = encoder
         self.device = device
+        self.ends = ends
         self.kept = {}  # utterance: its frames (S, C)
         started = time.time()
         order = by_length(speech) if keep else []
@@ -62,6 +64,13 @@ class FrameCache:
         rows = [self.kept[i] for i in indices]
         x = pad_sequence(rows, batch_first=True).to(self.device).float()  # (B, S, C)
         return x, torch.tensor([len(row) for row in rows], device=self.device)
+
+    def marks(self, indices):
+        """For OFAEncoder.encode: the frames with which segments end, (B, S) bool, if known."""
+        if self.ends is None:
+            return None
+        _, number = pseudo_alpha([self.ends[i] for i in indices])
+        return number.to(self.device) > 0
 
     @torch.no_grad()
     def compute(self, indices):
@@ -131,7 +140,7 @@ class HiddenStateCache:
     def compute(self, indices):
         if self.encoder:
             x, frames = self.frames(indices)
-            out = self.encoder.encode(x, frames, self.lam)
+            out = self.encoder.encode(x, frames, self.lam, self.frames.marks(indices))
             states = torch.stack(out.hidden_states, 1)  # (B, L + 1, T, D)
             if self.told:
                 states = tell(states, out.durations())

@@ -68,6 +68,8 @@ class Task:
     symbols: list[str] = field(default_factory=list)  # that a head can answer
     groups: tuple = ()  # pool: if several questions are asked, how many symbols answer each
     second: str = ""  # a further metric to report on test
+    # Where segments end in each utterance, in frames, if the encoder is not to detect it itself.
+    ends: list | None = None
 
     def indices(self, split: str) -> list[int]:
         return [i for i, s in enumerate(self.splits) if s == split]

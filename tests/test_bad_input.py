@@ -164,6 +164,7 @@ def place(folder, tmp_path_factory):
         encoder = OFAEncoder(PRESETS["tiny"]).checkpoint()
         save(encoder, "encoder.pt")
         save(OFAEncoder(replace(PRESETS["tiny"], compression="average2")).checkpoint(), "fixed.pt")
+        save(OFAEncoder(replace(PRESETS["tiny"], alpha="segments")).checkpoint(), "segments.pt")
         channels = [(32, k, s) for k, s in zip((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2))]
         hubert = torchaudio.models.wav2vec2_model(
             "group_norm", channels, False, 128, 0, 16, 4, 3, 2, 0, 64, 0, 0, False, 0, None
@@ -470,6 +471,17 @@ ROWS = [
     ("any λ, unfrozen", "finetune.py --lam any --unfreeze", "--unfreeze"),
     ("merging what is merged", "finetune.py --features merge", "--compression none"),
     ("a head of a rival", "finetune.py --features average --save-heads", "without --save-heads"),
+    ("boundaries of regression", "finetune.py --boundaries pseudo", "has no segments"),
+    (
+        "boundaries of log-mels",
+        "finetune.py --boundaries pseudo --features logmel",
+        "--boundaries is for --features encoder",
+    ),
+    (
+        "boundaries of other speech",
+        "finetune.py --checkpoint segments.pt --boundaries other.tsv",
+        "other.tsv lacks",
+    ),
     ("λ is a word", "finetune.py --lam some", "invalid lam_or_any value: 'some'"),
     (
         "any λ of an encoder of one rate",

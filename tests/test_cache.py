@@ -1,11 +1,13 @@
 """cache.py on real speech: what is kept is what the encoder gives each utterance alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from ofa_encoder import OFAEncoder
+from ofa_encoder import PRESETS, OFAEncoder, frames_of
 from parts.cache import FrameCache, HiddenStateCache, UnfrozenEncoder, log_mel
 
 HALF = {"atol": 0.02, "rtol": 0.02}  # what is kept is in half precision
@@ -58,6 +60,23 @@ def test_states_that_are_not_kept_are_the_same(asterisk, encoder):
     assert not frames.kept and not computed.kept
     assert computed.period_ms == pytest.approx(kept.period_ms, rel=0.02)
     torch.testing.assert_close(computed([3, 11])[0], kept([3, 11])[0], **HALF)
+
+
+def test_known_segments_replace_those_that_are_detected(asterisk):
+    """At λ = 1 a token is a segment, wherever the file says that one ends."""
+    torch.manual_seed(0)
+    encoder = OFAEncoder(replace(PRESETS["tiny"], alpha="segments")).eval()
+    some = asterisk.subset(6)
+    ends = [np.unique([3, 10, frames_of(u.samples)]) for u in some.utterances]
+    for keep in (True, False):
+        frames = FrameCache(some, encoder, "cpu", keep, ends)
+        states = HiddenStateCache(some, "encoder", encoder, 1.0, "cpu", frames, keep, told=True)
+        _, lengths = states([4, 0, 5])
+        assert lengths.tolist() == [3, 3, 3]
+        x, numbers = frames([4, 0])
+        out = encoder.encode(x, numbers, 1.0, frames.marks([4, 0]))
+        torch.testing.assert_close(out.durations()[:, :2], torch.tensor([[3.0, 7.0]] * 2))
+    assert FrameCache(some, encoder, "cpu", keep=False).marks([0]) is None
 
 
 @pytest.mark.parametrize("keep", [True, False])

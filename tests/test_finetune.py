@@ -338,6 +338,27 @@ def test_every_task_and_baseline_runs(run, flags, capsys):
         run(*flags, "--lr", "0.1")
 
 
+def test_boundaries_from_a_file_or_found(run, spoken):
+    """At λ = 1 each segment is a token, whatever the encoder would detect."""
+    segments = OFAEncoder(replace(PRESETS["tiny"], alpha="segments"))
+    save(segments.checkpoint(), "segments.pt")
+    utterances = load_task("pool", spoken).speech.utterances
+    Path("ends.tsv").write_text("".join(f"{u.id}\t0.1 0.3\n" for u in utterances))
+    flags = ["--checkpoint", "segments.pt", "--task", "pool", "--epochs", "1", "--lam", "1"]
+    run(*flags, "--boundaries", "ends.tsv")
+    (by_file,) = points()
+    assert by_file["tokens"] == 3 * len(utterances)
+    run(*flags, "--boundaries", "pseudo", "--root", "root", "--out", "found")
+    (found,) = points("found")
+    assert found["frame_period_ms"] == pytest.approx(90, rel=0.1)
+    assert found["config"]["boundaries"] == "pseudo"
+
+    # A point is known by what the file holds.
+    Path("ends.tsv").write_text("".join(f"{u.id}\t0.1\n" for u in utterances))
+    with pytest.raises(ValueError, match="another configuration .boundaries differ"):
+        run(*flags, "--boundaries", "ends.tsv")
+
+
 def test_points_have_the_configuration_of_those_in_results(run):
     run("--task", "pool", "--epochs", "1")
     (point,) = points()
