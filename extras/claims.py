@@ -1,18 +1,20 @@
 """What may be claimed: comparisons with their intervals, and a verdict on each.
 
-    results/MODEL/*.json        points (see extras/results.py); MODEL-seed1, MODEL-seed2: the same
-                                model, pre-trained with other seeds
-    results/claims.json         a list of claims: each with its numbers, the command that makes the
-                                points, and a verdict
+    results/MODEL/*.json    points (see points.py)
+    results/claims.json     a list of claims: each with its numbers, the command that makes the
+                            points, and a verdict
 
 A difference between two models owes something to the seeds of pre-training, something to the seeds
 of the heads, and something to the utterances that happen to be in the test split. So it is made
 anew 200 times: encoders are drawn with replacement, then heads of each, and of each head its score
 on one of 200 resampled test splits (scores.bootstrap), the same for both models. The interval is
 what the middle 95 % of these differences lie in. A difference whose interval holds 0 is not called
-one.
+one. Of n encoders, and of n heads, n - 1 are drawn: means of n drawn from so few would vary too
+little, by the factor (n - 1) / n in their variance.
 
 A curve is read between two of its rates by linear interpolation in the frame period.
+
+Source of drawing n - 1: Rao and Wu, "Resampling inference with complex survey data", JASA 1988.
 
     python -m extras.claims results
 """
@@ -30,66 +32,13 @@ from typing import NamedTuple
 import numpy as np
 
 from extras.firing import table
+from extras.points import METRIC_OF, PEERS, TASKS, load_heads, read_at
 from parts.runs import HIGHER_IS_BETTER, read_point
 
-TASKS = {
-    "ctc": "characters (CTC)",
-    "seq2seq": "translation (seq2seq)",
-    "pool": "concepts (pooling)",
-}
-PEERS = {
-    "none": "no compression",
-    "lam0.51": "CIF at λ = 0.51",
-    "average2": "average of 2",
-    "lam0.78": "CIF at λ = 0.78",
-    "average4": "average of 4",
-    "lam1.04": "CIF at λ = 1.04",
-}
 WITHIN = 1.0  # points of the metric in which two models count as equally good
-GRID = (20, 33, 52, 95, 190)  # ms, at which one head is compared with heads of their own
 
 
-# 1. Curves.
-
-
-class Head(NamedTuple):
-    """One head on one encoder, or heads of one seed at several λ: its scores over the rate."""
-
-    encoder: str  # the hash of its checkpoint
-    periods: np.ndarray  # (R,) in ms, ascending
-    test: np.ndarray  # (R,)
-    draws: np.ndarray  # (R, 200) on resampled test splits
-
-
-def load_heads(folder, model, task, which="own", features="encoder") -> list[Head]:
-    """The heads of a model and those of its other pre-training seeds.
-
-    which: "any", one head for all rates; or "own", a head at each λ, which are gathered by seed.
-    """
-    gathered = defaultdict(list)  # {(encoder, seed): rows}
-    folders = [folder / model, *sorted(folder.glob(f"{model}-seed*"))]
-    for path in [path for place in folders for path in sorted(place.glob(f"{task}-*.json"))]:
-        point = read_point(path)
-        config = point["config"]
-        is_any = config.get("lam") == "any"
-        if config["features"] != features or "way" in config or is_any != (which == "any"):
-            continue
-        rows = point["rows"] if is_any else [point]
-        if "bootstrap" in rows[0]:
-            gathered[config["checkpoint_sha1"], config["seed"]] += rows
-    heads = []
-    for (encoder, _), rows in gathered.items():
-        rows.sort(key=lambda row: row["frame_period_ms"])
-        columns = [[row[name] for row in rows] for name in ("frame_period_ms", "test", "bootstrap")]
-        heads.append(Head(encoder, *map(np.array, columns)))
-    return heads
-
-
-def read_at(heads, period) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (H,) and draws (H, 200) of each head at a frame period in ms."""
-    tests = [np.interp(period, head.periods, head.test) for head in heads]
-    draws = [[np.interp(period, head.periods, column) for column in head.draws.T] for head in heads]
-    return np.array(tests), np.array(draws)
+# 1. Differences.
 
 
 def resample(heads, draws, random) -> np.ndarray:
@@ -97,12 +46,14 @@ def resample(heads, draws, random) -> np.ndarray:
     of_encoder = defaultdict(list)
     for k, head in enumerate(heads):
         of_encoder[head.encoder].append(k)
-    of_encoder = list(of_encoder.values())
+    encoders = list(of_encoder.values())  # a list of heads for each
     result = []
     for d in range(draws.shape[1]):
-        encoders = random.integers(len(of_encoder), size=len(of_encoder))
-        drawn = [random.choice(of_encoder[e], size=len(of_encoder[e])) for e in encoders]
-        result.append(np.mean([draws[some, d].mean() for some in drawn]))
+        means = []
+        for e in random.integers(len(encoders), size=max(1, len(encoders) - 1)):
+            some = random.choice(encoders[e], size=max(1, len(encoders[e]) - 1))
+            means.append(draws[some, d].mean())
+        result.append(np.mean(means))
     return np.array(result)
 
 
@@ -147,9 +98,6 @@ def compare(task, metric, beside, ours, theirs, period, their_period=None) -> Di
 
 
 # 2. Claims.
-
-
-METRIC_OF = {"ctc": "CER", "seq2seq": "WER", "pool": "mAP"}
 
 
 def verdict_within(differences) -> str:

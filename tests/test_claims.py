@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from extras import claims
-from extras.claims import Head, compare, load_heads, resample, verdict_better, verdict_within
+from extras.claims import compare, resample, verdict_better, verdict_within
+from extras.points import METRIC_OF, Head, load_heads, read_at
 
 
 def point(folder, name, task="pool", encoder="a", seed=0, lam=0.0, period=20.0, test=50.0, **more):
@@ -18,7 +19,7 @@ def point(folder, name, task="pool", encoder="a", seed=0, lam=0.0, period=20.0, 
     config = {"task": task, "features": "encoder", "seed": seed, "checkpoint_sha1": encoder}
     content = {
         "config": {**config, "lam": lam},
-        "metric": claims.METRIC_OF[task],
+        "metric": METRIC_OF[task],
         "test": test,
         "valid": test,
         "frame_period_ms": period,
@@ -64,7 +65,7 @@ def test_heads_are_gathered_by_encoder_and_seed(tmp_path):
         ("b", [20.0]),
     ]
     (one,) = load_heads(tmp_path, "ofa", "pool", "any")
-    tests, draws = claims.read_at([one], 55.0)
+    tests, draws = read_at([one], 55.0)
     assert tests.tolist() == [46.0]
     assert draws.shape == (1, 200)
     assert draws.mean() == pytest.approx(46, abs=0.2)
@@ -93,8 +94,7 @@ def test_lower_error_rates_are_better():
 
 
 def test_the_interval_has_what_encoders_and_heads_differ_by():
-    """Without any scatter over utterances: three encoders at 49, 50, 51 against a fixed 50. The
-    mean of three that are drawn with replacement has a standard deviation of √(2/3) / √3 = 0.47."""
+    """Without any scatter over utterances: three encoders at 49, 50, 51 against a fixed 50."""
     ours = [head(name, test, 0.0) for name, test in zip("abc", (49.0, 50.0, 51.0))]
     found = compare("pool", "mAP", "x", ours, [head("d", 50.0, 0.0)], 20)
     assert found.better == pytest.approx(0)
@@ -105,6 +105,16 @@ def test_the_interval_has_what_encoders_and_heads_differ_by():
     same = [head("a", test, 0.0) for test in (49.0, 50.0, 51.0)]
     found = compare("pool", "mAP", "x", same, [head("d", 50.0, 0.0)], 20)
     assert -1.01 <= found.low <= -0.6
+
+
+def test_few_encoders_vary_as_much_as_many():
+    """Three at 49, 50, 51: the standard error of their mean is 1 / √3 = 0.58, by the usual formula.
+    Means of three that are drawn with replacement would have √(2/3) / √3 = 0.47."""
+    draws = np.repeat([[49.0], [50.0], [51.0]], 2000, 1)
+    random = np.random.default_rng(0)
+    for names in ("abc", "aaa"):  # three encoders with a head each, or one with three heads
+        drawn = resample([head(name) for name in names], draws, random)
+        assert drawn.std() == pytest.approx(0.577, abs=0.03)
 
 
 def test_resampling_keeps_to_a_draw():

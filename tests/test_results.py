@@ -1,4 +1,4 @@
-"""results.py on points made here, whose tables can be worked out by hand, and on the committed."""
+"""results.py and curves.py on points made here, worked out by hand, and on the committed ones."""
 
 import json
 import re
@@ -9,7 +9,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from extras import claims, results
+from extras import claims, curves, results
+from extras.points import METRIC_OF, PEERS, TASKS, load_points, select
 
 REPO = Path(__file__).parent.parent
 
@@ -19,7 +20,7 @@ def write_point(folder, model, test, period, **config):
     config = {"features": "encoder", "seed": 0, **config}
     content = {
         "config": config,
-        "metric": results.METRIC_OF[config["task"]],
+        "metric": METRIC_OF[config["task"]],
         "test": test,
         "valid": test,
         "frame_period_ms": period,
@@ -65,7 +66,7 @@ def make(folder, monkeypatch) -> str:
 @pytest.fixture
 def points(tmp_path):
     """A curve of two λ, a peer, a learned λ with and without a price, and log-mels; two seeds."""
-    for task in results.TASKS:
+    for task in TASKS:
         for seed in (0, 1):
             of_all = {"task": task, "seed": seed}
             write_point(tmp_path, "ofa", 40.0 + seed, 20, lam=0.0, **of_all)
@@ -99,14 +100,14 @@ def test_figures(points, monkeypatch):
 
 
 def test_figures_leave_out_what_paid_a_price(points):
-    starts = results.select(results.load_points(points), "learned-autograd", "ctc")
+    starts = select(load_points(points), "learned-autograd", "ctc")
     assert [summary.period for summary in starts.values()] == [27]
 
 
 def lines_drawn(folder, task, x):
     """{label: line} of a panel of the trade-off figure."""
     figure, axis = plt.subplots()
-    results.draw_tradeoff(axis, results.load_points(folder), folder, task, x)
+    curves.draw_tradeoff(axis, load_points(folder), folder, task, x)
     plt.close(figure)
     return axis, {line.get_label(): line for line in axis.lines}
 
@@ -121,8 +122,8 @@ def test_every_panel_runs_from_dear_to_cheap(points, x):
 
 def test_every_mark_means_one_thing():
     label_of = {}
-    for peer in results.PEERS:
-        marker, label = results.peer_mark(peer)
+    for peer in PEERS:
+        marker, label = curves.peer_mark(peer)
         assert label_of.setdefault(marker, label) == label
 
 
@@ -148,7 +149,7 @@ def test_other_configurations_are_not_averaged(tmp_path):
     write_point(tmp_path, "ofa", 40.0, 20, task="pool", seed=0, lam=0.0, lr=1)
     write_point(tmp_path, "ofa", 41.0, 20, task="pool", seed=1, lam=0.0, lr=2)
     with pytest.raises(ValueError, match=r"1.json is of another configuration .*lr differ"):
-        results.load_points(tmp_path)
+        load_points(tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["results", "results/earlier"])

@@ -1,0 +1,191 @@
+"""Points, as results.py, curves.py and claims.py read them.
+
+    results/MODEL/*.json    a point each (see parts/runs.py): one task, and one λ or forty rates,
+                            and one seed of the head
+    MODEL-seed1, -seed2     the same, on encoders that were pre-trained with these seeds
+
+Points that differ in their seeds alone are one *setting*, and are summed up together. A head for
+all rates is read as a curve; so are the heads of one seed at several λ.
+"""
+
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+
+from parts.runs import differing, read_point
+
+TASKS = {
+    "ctc": "characters (CTC)",
+    "seq2seq": "translation (seq2seq)",
+    "pool": "concepts (pooling)",
+}
+PEERS = {
+    "none": "no compression",
+    "lam0.51": "CIF at λ = 0.51",
+    "average2": "average of 2",
+    "lam0.78": "CIF at λ = 0.78",
+    "average4": "average of 4",
+    "lam1.04": "CIF at λ = 1.04",
+}
+METRIC_OF = {"ctc": "CER", "seq2seq": "WER", "pool": "mAP"}
+ENCODERS = {
+    "ofa": "once-for-all",
+    "segments": "once-for-all, segments",
+    "ofa-one-lam": "once-for-all, one λ a step",
+}
+BASELINES = {"logmel": "log-mel", "random": "untrained encoder", "deaf": "deaf"}
+# λ learned with a head, by folder: by which slope, and how its lines are drawn.
+LEARNED = {
+    "adaptive": ("autograd", "-"),
+    "learned-autograd": ("autograd", ":"),
+    "learned-differences": ("differences", "-"),
+}
+
+
+# 1. Points at one λ.
+
+
+class Setting(NamedTuple):
+    """What points that differ only in their seeds have in common."""
+
+    model: str  # the folder
+    task: str
+    features: str
+    lam: float  # where λ is learned: its start
+    price: float  # of a token per frame, where λ is learned
+
+
+def load_points(folder) -> dict[Setting, list[dict]]:
+    """The points under folder, a list of seeds for each setting, without heads for any rate.
+
+    Raises ValueError where there are none, or where points of one setting differ in more than the
+    seeds of the head and of pre-training.
+    """
+    points = {}
+    for path in sorted(folder.glob("*/*.json")):
+        if path.parent.name in ("pretraining", "firing"):
+            continue
+        point = read_point(path)
+        config = point["config"]
+        if config.get("lam") == "any":
+            continue
+        model = re.sub(r"-seed\d+$", "", path.parent.name)
+        setting = Setting(
+            model=model,
+            task=config["task"],
+            features=config["features"],
+            lam=config.get("lam", config.get("start")),
+            price=config.get("price", 0.0),
+        )
+        beside = points.setdefault(setting, [])
+        beside.append(point)
+        seeds = {"seed"} if model == path.parent.name else {"seed", "checkpoint_sha1"}
+        differ = set(differing(config, beside[0]["config"])) - seeds
+        if differ:
+            raise ValueError(
+                f"{path} is of another configuration than the points with other seeds beside it "
+                f"({', '.join(sorted(differ))} differ)"
+            )
+    if not points:
+        raise ValueError(f"no points under {folder}: compute them with `make sweep`")
+    return points
+
+
+class Summary:
+    """Means over the seeds of one setting, and the standard deviation of the metric."""
+
+    def __init__(self, points):
+        def mean(name):
+            return float(np.mean([point[name] for point in points]))
+
+        self.seeds = len(points)
+        self.test = mean("test")
+        self.sd = standard_deviation([point["test"] for point in points])
+        self.valid = mean("valid")
+        self.period = mean("frame_period_ms")
+        self.gflops = mean("transformer_gflops_per_s")
+        self.epochs = mean("epochs")
+        self.infeasible = 100 * mean("infeasible_test") / mean("test_utterances")  # %
+        # Other work on the machine can only add time, so the fastest seed says most.
+        self.minutes = min(point["train_s"] for point in points) / 60
+
+    def __str__(self):
+        return plus_minus(self.test, self.sd, 1)
+
+
+def standard_deviation(values) -> float:
+    """Of a sample; NaN for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+
+
+def plus_minus(mean, sd, digits) -> str:
+    """The mean ± the standard deviation, or the mean alone where there is no deviation."""
+    if np.isnan(sd):
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {sd:.{digits}f}"
+
+
+def select(points, model, task, features="encoder") -> dict[float, Summary]:
+    """{λ, or where a learned λ started: Summary} in order, without those that paid a price."""
+    wanted = (model, task, features)
+    found = {}
+    for setting in sorted(points):
+        if setting[:3] == wanted and setting.price == 0:
+            found[setting.lam] = Summary(points[setting])
+    return found
+
+
+def learned_settings(points, task) -> list[Setting]:
+    """Those in which λ was learned: by price, then by slope, then by start."""
+    learned = [s for s in points if s.model in LEARNED and s.task == task]
+    return sorted(learned, key=lambda setting: (setting.price, setting.model, setting.lam))
+
+
+def gain(task, ours, theirs) -> float:
+    """How much better ours is, in points of the task's metric."""
+    return ours - theirs if task == "pool" else theirs - ours
+
+
+# 2. Curves over the rate.
+
+
+class Head(NamedTuple):
+    """One head on one encoder, or heads of one seed at several λ: its scores over the rate."""
+
+    encoder: str  # the hash of its checkpoint
+    periods: np.ndarray  # (R,) in ms, ascending
+    test: np.ndarray  # (R,)
+    draws: np.ndarray  # (R, 200) on resampled test splits
+
+
+def load_heads(folder, model, task, which="own", features="encoder") -> list[Head]:
+    """The heads of a model and those of its other pre-training seeds.
+
+    which: "any", one head for all rates; or "own", a head at each λ, which are gathered by seed.
+    """
+    gathered = defaultdict(list)  # {(encoder, seed): rows}
+    folders = [folder / model, *sorted(folder.glob(f"{model}-seed*"))]
+    for path in [path for place in folders for path in sorted(place.glob(f"{task}-*.json"))]:
+        point = read_point(path)
+        config = point["config"]
+        is_any = config.get("lam") == "any"
+        if config["features"] != features or "way" in config or is_any != (which == "any"):
+            continue
+        rows = point["rows"] if is_any else [point]
+        if "bootstrap" in rows[0]:
+            gathered[config["checkpoint_sha1"], config["seed"]] += rows
+    heads = []
+    for (encoder, _), rows in gathered.items():
+        rows.sort(key=lambda row: row["frame_period_ms"])
+        columns = [[row[name] for row in rows] for name in ("frame_period_ms", "test", "bootstrap")]
+        heads.append(Head(encoder, *map(np.array, columns)))
+    return heads
+
+
+def read_at(heads, period) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (H,) and draws (H, 200) of each head at a frame period in ms."""
+    tests = [np.interp(period, head.periods, head.test) for head in heads]
+    draws = [[np.interp(period, head.periods, column) for column in head.draws.T] for head in heads]
+    return np.array(tests), np.array(draws)
