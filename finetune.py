@@ -218,7 +218,7 @@ def check(args):
         raise ValueError(f"--ctc-weight is {args.ctc_weight}, expected 0 <= weight < 1")
 
 
-# 2. One head, from its first step to its test score.
+# 2. A head in training.
 
 
 @dataclass
@@ -384,6 +384,9 @@ def train_epoch(args, lesson, optimizer, schedule, random) -> float:
         schedule.step()
         mean_loss += loss.item() / len(batches)
     return mean_loss
+
+
+# 3. A head that is tested.
 
 
 @torch.no_grad()
