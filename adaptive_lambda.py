@@ -22,8 +22,8 @@ autograd     The paper's way: λ is a parameter, learned with a head, and its gr
                  loss → hidden states → tokens → widths of CIF's pieces → α′ → λ
 
 Why not autograd alone? As λ grows, the edges of all tokens slide on, and the last token, the tail,
-shrinks until it is worth less than half a token and is dropped. Between two such losses of a token,
-in a tooth, the loss is continuous and autograd is exact. From tooth to tooth it jumps, and autograd
+shrinks until it is worth less than half a token and is dropped. Between two such drops, in a tooth,
+the loss is continuous and autograd is exact. From tooth to tooth it jumps, and autograd
 never sees the jumps. What it returns is the slope of the teeth, not that of the saw, and the two
 may differ in sign (notebook 4 shows it). Differences over a step wider than a tooth see both.
 

@@ -39,7 +39,7 @@ for each frame, and that number is
                  a token is a group of whole segments.
 
 The number of tokens itself has no gradient: λ's arrives through the widths of the pieces that CIF
-cuts. Guidance, which teaches α where phones end, acts on α before λ changes it (in pretrain.py).
+cuts. Guidance, which teaches α where segments end, acts on α before λ changes it (in pretrain.py).
 
 The compression is chosen by a word. "cif" follows λ. Its fixed-rate peers are the same model with a
 constant α′: "none" (1, DistilHuBERT), "average2" and "average4" (1/2 and 1/4, which is average
@@ -224,7 +224,7 @@ def segment_alpha(ends):
 
 
 def lock_to_ends(weights, ends):
-    """Scale α′ = weights (B, S) so that its running total is whole where tokens shall end.
+    """Scale α′ = weights (B, S) so that its running total is whole where tokens are to end.
 
     ends (B, S) bool: where segments end; weights are 0 in the padding. The total at each end is
     rounded. A token may end there if the rounded total has grown since the end before:
@@ -243,11 +243,11 @@ def lock_to_ends(weights, ends):
     rounded total grows at every end: no token crosses one. Beyond, a segment has only 2 - λ, and
     some join the next, as one of 0.3 would here.
     """
-    slack = ROUNDING[weights.dtype]  # a total of 2.5 is rounded up, though it be 2.4999999999
+    slack = ROUNDING[weights.dtype]  # a total of 2.5 is rounded up, even if it is 2.4999999999
     rounded = (weights.detach().cumsum(1) + 0.5 + slack).floor()  # (B, S)
     reached = (rounded * ends).cummax(1).values  # at the latest end that is not after this frame
     before = pad(reached, (1, 0))[:, :-1]
-    growth = reached - before  # (B, S): over 0 where tokens shall end
+    growth = reached - before  # (B, S): over 0 where tokens are to end
     grown = growth > 0
 
     # Frames up to the same such place form a group, and what is left over joins the last one.

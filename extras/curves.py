@@ -1,7 +1,8 @@
 """The figures of results/: the trade-off between a task's metric and the rate, and the learned λ.
 
-    tradeoff.png   the metric over frame period and over cost, for CTC, seq2seq and pooling; in a
-                   task with heads for all rates, beside points of the same rule only
+    tradeoff.png   the metric over frame period and over cost, for CTC, seq2seq and pooling; where
+                   a task has heads for all rates, with such other points only as were trained by
+                   the same rule (those with a bootstrap)
     lambda.png     λ over epochs, from each starting point, if it was learned
 
 results.py draws them.
@@ -54,7 +55,7 @@ def draw_tradeoff(axis, points, folder, task, x):
     draw_own(axis, points, task, x)
     draw_peers(axis, points, task, x)
     draw_learned(axis, points, task, x)
-    labels = ("log-mel, same head", "untrained encoder, λ = 0", "deaf head (no input)")
+    labels = ("log-mel at 20 ms, same head", "untrained encoder, λ = 0", "deaf head (no input)")
     for features, label in zip(BASELINES, labels):
         summaries = list(select(points, "baselines", task, features).values())
         if summaries:

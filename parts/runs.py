@@ -202,10 +202,11 @@ def save_point(path, point):
         cwd=Path(__file__).parent,
     )
     processor = platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
     point = {
         **point,
         "commit": git.stdout.strip(),
-        "machine": f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": f"{processor}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
     }
     with atomic_write(path) as file:

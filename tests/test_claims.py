@@ -174,12 +174,12 @@ def test_lam_is_found_if_heads_agree_and_it_is_good_and_cheap(tmp_path):
     point(tmp_path, "ofa/pool-1", lam=1.0, train_s=4.0, period=90.0)
     entry = claims.lam_is_found(tmp_path)
     (numbers,) = entry["numbers"]
-    assert numbers["period_ms"] == 21
+    assert numbers["period_ms"] == pytest.approx(62.5 / 3)
     assert numbers["apart"] == pytest.approx(1 / 21)
     assert numbers["behind_best"] == pytest.approx(0.5)
     assert numbers["time_of_grid"] == pytest.approx(6 / 8)  # a second of training, five of tests
     assert entry["verdict"] == "yes"
-    assert entry["shown"] == "mAP 21 ms ± 5%, 0.5 behind the best"
+    assert entry["shown"] == "mAP 21 ± 1 ms, 0.5 behind the best, 0.8 × the time"
     point(tmp_path, "any/pool-search-price0-seed3", seed=3, period=30.0, test=50.5, **found)
     assert claims.lam_is_found(tmp_path)["verdict"] == "not everywhere"
 
