@@ -13,12 +13,12 @@
 # All make .venv from requirements.txt (once, and again when that changes) and fetch the corpus.
 # What the tests alone need is in tests/requirements.txt.
 # Tests in a browser are run by hand: see tests/test_listen.py.
-# RESULTS=FOLDER takes another folder for sweep and results.
+# RESULTS=FOLDER: another folder for the points than runs/results, or results.
 
 PYTHON ?= python3
 TEACHER = mfcc
 TASKS = pool ctc seq2seq
-RESULTS = results
+RESULTS = runs/results
 
 # Encoders, by name. Those with -seed1 and -seed2 are pre-trained with these seeds.
 OFA = ofa ofa-seed1 ofa-seed2
@@ -50,7 +50,7 @@ LEARN = $(ONE_THREAD) adaptive_lambda.py $(call HEADS,$1) --task $1
 
 demo: data/asterisk.pt
 	@echo "== pre-training; a stopped run goes on with the same command"
-	.venv/bin/python pretrain.py --teacher $(TEACHER) --out $(DEMO) --resume
+	.venv/bin/python pretrain.py --teacher "$(TEACHER)" --out "$(DEMO)" --resume
 
 test: data/asterisk.pt lint .venv/installed-for-tests
 	.venv/bin/python -m pytest
@@ -71,13 +71,13 @@ notebooks: data/asterisk.pt
 benchmark: data/asterisk.pt
 	.venv/bin/python -m extras.benchmark
 
+results: RESULTS = results
 results: data/asterisk.pt
 	.venv/bin/python -m extras.firing checkpoints/ofa-tiny.pt $(RESULTS)/firing/ofa.json
 	.venv/bin/python -m extras.firing checkpoints/segments-tiny.pt $(RESULTS)/firing/segments.json
 	.venv/bin/python -m extras.claims $(RESULTS)
 	.venv/bin/python -m extras.results $(RESULTS)
 
-sweep: RESULTS = runs/results
 sweep: points-any points-ofa points-peers points-segments points-rivals points-baselines \
 		points-learned
 	$(MAKE) results RESULTS=$(RESULTS)
@@ -149,3 +149,4 @@ clean:
 
 .PHONY: demo test data lint fuzz notebooks benchmark results sweep clean
 .SECONDARY:
+.DELETE_ON_ERROR:

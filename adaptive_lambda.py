@@ -155,6 +155,7 @@ def search(args, encoder, task, config):
 
     The head is that of `finetune.py --lam any`, with its flags: if it is there it is used.
     """
+    own_parser = build_parser()
     parser = finetune.build_parser()
     flags = {name for name in vars(args) if name in vars(parser.parse_args([]))}
     plain = argparse.Namespace(**{name: getattr(args, name) for name in flags})
@@ -167,7 +168,10 @@ def search(args, encoder, task, config):
         for price in args.price:
             row = best_rate(head["rows"], guess_of(task), price)
             point = {**head, **row, "config": {**head["config"], "way": "search", "price": price}}
-            del point["rows"]
+            for name in ("rows", "tokens", "guessing", "infeasible_train", "examples"):  # at λ = 0
+                point.pop(name, None)
+            one_price = argparse.Namespace(**{**vars(args), "price": [price]})
+            point["command"] = command("adaptive_lambda.py", own_parser, one_price, "any", seed)
             stem = f"{args.task}-search-price{price:g}-seed{seed}"
             save_point(path.with_name(f"{stem}.json"), point)
             print(

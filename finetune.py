@@ -89,8 +89,8 @@ LAMS_PER_STEP = 3
 RATES = 40  # it is tested at
 
 # Flags that are not in a point's configuration: they say where it is computed, not what. (λ and
-# the seed are put there one by one, and boundaries by what is in them; --keep and --save-heads do
-# not change the scores.)
+# the seed are put there one by one, and boundaries by what is in them; --keep changes scores by
+# rounding alone, and --save-heads not at all.)
 NOT_IN_CONFIG = {"lam", "seeds", "seed", "boundaries"}
 NOT_IN_CONFIG |= {"out", "root", "device", "keep", "save_heads"}
 
@@ -365,11 +365,13 @@ def train_epoch(args, lesson, optimizer, schedule, random) -> float:
         wanted = [lesson.targets[i] for i in batch]
         sources = lesson.draw(random)
         loss = 0.0
-        with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
-            for source in sources:
+        for source in sources:
+            # A frozen encoder runs as it does in a test. One that is trained may run under bf16.
+            with torch.autocast(args.device, torch.bfloat16, enabled=bf16 and args.unfreeze):
                 states, lengths = source(batch)
+            with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
                 loss = loss + lesson.head.loss(states, lengths, wanted) / len(sources)
-            loss = loss + lesson.trainable.cost  # the price of tokens, if λ is learned
+        loss = loss + lesson.trainable.cost  # the price of tokens, if λ is learned
         optimizer.zero_grad()
         loss.backward()
 

@@ -564,15 +564,18 @@ def load_checkpoint(path, map_location="cpu") -> dict:
 
 
 @torch.no_grad()
-def transformer_gflops(encoder, waveforms, lam, device="cpu") -> float:
+def transformer_gflops(encoder, waveforms, lam, device="cpu", ends=None) -> float:
     """GFLOPs in positions and Transformer layers per second of speech, at λ.
 
-    waveforms: a list of tensors (samples,), each of which is encoded alone.
+    waveforms: a list of tensors (samples,), each of which is encoded alone. ends: for each of them
+    where segments end, as `encode` takes it, if it is known.
     """
     flops = 0
     samples = 0
-    for waveform in waveforms:
-        tokens = encoder(waveform[None].to(device), lam=lam).fired.tokens  # (1, T, C)
+    for waveform, its_ends in zip(waveforms, ends or [None] * len(waveforms)):
+        n = torch.tensor([len(waveform)], device=device)
+        x, frames = encoder.features(waveform[None].to(device), n)
+        tokens = encoder.encode(x, frames, lam, its_ends).fired.tokens  # (1, T, C)
         x = encoder.encoder.feature_projection.projection(tokens)
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=device)
         # The counter knows plain attention, but not the fused kernels of CPUs.

@@ -175,8 +175,9 @@ def parse_arguments(argv=None):
             "--alpha segments is for --compression cif, and goes without --quantity: "
             "the number of segments has no gradient"
         )
-    if not FRAME_MS <= args.segment_ms < 1e9:
-        raise ValueError(f"--segment-ms is {args.segment_ms}, expected {FRAME_MS} or more")
+    longest = FRAME_MS * boundaries.LONGEST / 2  # twice that is the most that a segment can last
+    if not FRAME_MS <= args.segment_ms <= longest:
+        raise ValueError(f"--segment-ms is {args.segment_ms}, expected {FRAME_MS} to {longest:g}")
     return args
 
 
@@ -418,7 +419,8 @@ def train_loop(args, place, lesson, state, checkpoint):
         for part in range(args.accumulate):
             used, waveforms, lengths = next(arriving)
             waveforms, lengths = waveforms.to(device), lengths.to(device)
-            pseudo, number = boundaries.pseudo_alpha([ends[i] for i in used])
+            # What stands for no utterance at all, a frame of silence, is a segment.
+            pseudo, number = boundaries.pseudo_alpha([ends[i] for i in used] or [np.array([1])])
             targets = targets_of(lesson.targets, train, used, waveforms, lengths)
             if place.world > 1:  # gradients are exchanged once, after the last part
                 parallel.require_backward_grad_sync = part == args.accumulate - 1
@@ -574,7 +576,7 @@ def evaluate(model: Distiller, teacher, speech: Speech, lams, device):
         results = model(waveforms, lengths, targets, lams)
         for row, (encoded, losses, covered) in zip(rows, results):
             row["tokens"] += encoded.lengths.sum().item()
-            row["loss"] = row["loss"] + (losses * covered).sum((1, 2)).double()  # (layers,)
+            row["loss"] = row["loss"] + (losses * covered).sum((1, 2)).cpu().double()
             row["covered"] += covered.sum().item()
         valid = torch.arange(encoded.alpha.shape[1], device=device) < encoded.frames[:, None]
         frames += encoded.frames.sum().item()

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from cif import widest_float
 from ofa_encoder import FRAME_MS, frames_of
-from parts.data import Speech, loader
+from parts.data import Speech, identity, loader
 from parts.runs import atomic_write
 from parts.targets import targets_of
 
@@ -188,8 +188,7 @@ def cache_path(speech: Speech, teacher: str, period_ms: float, root) -> Path:
     teacher: its fingerprint (teachers.py). Another corpus, teacher, period or way of finding the
     segments has another name.
     """
-    utterances = [(u.id, u.samples) for u in speech.utterances]
-    key = json.dumps([utterances, teacher, period_ms, "piecewise constant"])
+    key = json.dumps([identity(speech), teacher, period_ms, "piecewise constant"])
     return Path(root) / f"boundaries-{hashlib.sha1(key.encode()).hexdigest()[:12]}.tsv"
 
 
@@ -232,7 +231,7 @@ def _read_ends(path) -> dict[str, np.ndarray]:
     """The times in a file of boundaries, by id and rounded to frames, as they stand there."""
     ends_of = {}
     number = 0
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         try:
             for line in file:
                 number += 1

@@ -128,8 +128,10 @@ class HiddenStateCache:
         self.gflops = 0.0
         if encoder:
             flat = [i for indices in order for i in indices]
-            some = [speech[i] for i in flat[:: max(1, len(flat) // 20)]]
-            self.gflops = transformer_gflops(encoder, some, lam, device)
+            some = flat[:: max(1, len(flat) // 20)]
+            waveforms = [speech[i] for i in some]
+            ends = [frames.marks([i]) for i in some]
+            self.gflops = transformer_gflops(encoder, waveforms, lam, device, ends)
 
     def __call__(self, indices):
         if not self.kept:

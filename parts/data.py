@@ -121,6 +121,14 @@ class Speech(Dataset):
         return Speech(kept, self.held_out, self.sound)
 
 
+def identity(speech: Speech) -> list:
+    """What tells this speech from any other, for the names of what is kept of it: which utterances
+    of which files, and when these were last changed."""
+    files = {u.path for u in speech.utterances if u.path}
+    changed = {file: os.stat(file).st_mtime_ns for file in files}
+    return [(u.id, u.samples, u.path, u.start, changed.get(u.path, 0)) for u in speech.utterances]
+
+
 def _digest(text: str) -> bytes:
     """Python's own hash() of a string differs from run to run, so a real one is used."""
     return hashlib.sha1(text.encode()).digest()

@@ -195,17 +195,20 @@ def read_point(path) -> dict:
 
 def save_point(path, point):
     """Write the point, with the commit, machine and date that made it. Raises OSError."""
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
+    commit = ""
+    with suppress(OSError):  # git may not be there
+        git = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+        )
+        commit = git.stdout.strip()
     processor = platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     point = {
         **point,
-        "commit": git.stdout.strip(),
+        "commit": commit,
         "machine": f"{processor}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
     }

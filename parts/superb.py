@@ -40,6 +40,7 @@ Commands: Lugosch et al., Interspeech 2019. VoxCeleb1: Nagrani et al., Interspee
 Busso et al., LREV 2008. SNIPS: Coucke et al., arXiv:1805.10190; as audio: Lai et al., ICASSP 2021.
 """
 
+import os
 import random
 import re
 import sys
@@ -357,14 +358,16 @@ def load_superb(name: str, folder="data", fold=1) -> Task:
     folder = Path(folder)
     rows = read_rows(name, folder, fold)
 
-    # A file that can't be used is named and left out. The id says which row an utterance is of.
-    entries = [(row.path, str(n), "", "") for n, row in enumerate(rows)]
+    # A file that can't be used is named and left out. At first the id says which row an utterance
+    # is of. Each is a group of its own; only the seconds of a noise share one.
+    entries = [(row.path, str(n), str(n), "") for n, row in enumerate(rows)]
     speech = from_files(entries, held_out=(0.1, 0.1), where=folder, cut=False)
     utterances = []
     splits = []
     targets = []
     for utterance in speech.utterances:
-        _, split, target = rows[int(utterance.id)]
+        path, split, target = rows[int(utterance.id)]
+        utterance.id = os.path.relpath(path, folder)
         pieces = seconds(utterance) if target == "silence" else [(utterance, split)]
         for piece, its_split in pieces:
             utterances.append(piece)

@@ -36,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ofa_encoder import frames_of
-from parts.data import Speech, by_length, loader
+from parts.data import Speech, by_length, identity, loader
 
 MODES = ("auto", "always", "never")  # of --keep-targets
 LARGEST = 2e9  # bytes that "auto" keeps, and at most this part of the free disk:
@@ -58,8 +58,7 @@ def cache_path(speech: Speech, teacher: str, root) -> Path:
 
     teacher: its fingerprint (teachers.py). Another corpus or teacher has another name.
     """
-    utterances = [(u.id, u.samples) for u in speech.utterances]
-    key = json.dumps([utterances, teacher])
+    key = json.dumps([identity(speech), teacher])
     return Path(root) / f"targets-{hashlib.sha1(key.encode()).hexdigest()[:12]}.f16"
 
 

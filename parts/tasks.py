@@ -238,10 +238,13 @@ def task_of_rows(kind, rows, name, seed) -> Task:
     splits = splits_of(rows, kind, seed)
     check_one_side(rows, splits)
 
-    # A file that can't be used is named and left out. The id says which row an utterance is of.
+    # A file that can't be used is named and left out. At first the id says which row an utterance
+    # is of, then it is the path that stands there.
     entries = [(row.file, str(n), row.path, row.answer) for n, row in enumerate(rows)]
     speech = from_files(entries, held_out=(0.1, 0.2), where=name, cut=False)
     left = [int(u.id) for u in speech.utterances]
+    for utterance, n in zip(speech.utterances, left):
+        utterance.id = " ".join(rows[n].path.split())
     targets = [target_from(kind, rows[n].answer) for n in left]
     return make_task(kind, KINDS[kind], speech, targets, [splits[n] for n in left])
 

@@ -246,6 +246,10 @@ def test_search_uses_one_head_for_all_prices(run, monkeypatch, capsys):
     for point in chosen:
         (row,) = [row for row in head["rows"] if row["lam"] == point["lam"]]
         assert point["test"] == row["test"]
+        assert "tokens" not in point and "examples" not in point  # those of the head are at λ = 0
+        price = point["config"]["price"]
+        assert point["command"].startswith("python adaptive_lambda.py ")
+        assert ("--price" in point["command"]) == (price != 0)
         assert point["config"] == {
             **head["config"],
             "way": "search",

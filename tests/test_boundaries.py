@@ -1,6 +1,8 @@
 """boundaries.py against all possible cuts, by brute force, and on real speech."""
 
 import itertools
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from parts.boundaries import (
     segment,
     spreads,
 )
-from parts.data import Speech
+from parts.data import Speech, load
 from parts.teachers import load_teacher
 
 FRAMES = 6  # of an utterance without padding, in the test by brute force
@@ -118,13 +120,26 @@ def test_cache_path_tells_corpora_teachers_and_periods_apart(some):
     assert cache_path(*keys[0], "data") == paths[0]
 
 
+def test_cache_path_tells_files_of_one_name_apart(folder, tmp_path):
+    """The same names and lengths elsewhere, and a file that has been changed in place."""
+    for name in ("clean", "noisy"):
+        shutil.copytree(folder, tmp_path / name)
+    clean, noisy = (load(str(tmp_path / name)) for name in ("clean", "noisy"))
+    before = cache_path(clean, "a", 90.0, "data")
+    assert cache_path(noisy, "a", 90.0, "data") != before
+    assert cache_path(clean, "a", 90.0, "data") == before
+    os.utime(clean.utterances[0].path, (0, 0))
+    assert cache_path(clean, "a", 90.0, "data") != before
+
+
 def test_a_file_of_times_from_elsewhere(some, tmp_path):
     """Times may repeat, lie past the end or lack it; they are rounded to frames. Empty lines and
     other utterances do no harm."""
     few = Speech(some.utterances[:2])
     first, second = few.utterances
     path = tmp_path / "mine.tsv"
-    path.write_text(f"{first.id}\t0.00 0.1 0.1 0.205 99\n\n{second.id}\t0.3\nanother\t1.0\n")
+    text = f"{first.id}\t0.00 0.1 0.1 0.205 99\n\n{second.id}\t0.3\nanother\t1.0\n"
+    path.write_text(text, encoding="utf-8-sig")  # as Windows saves it
     ends = read_boundaries(path, few)
     assert ends[0].tolist() == [5, 10, frames_of(first.samples)]
     assert ends[1].tolist() == [15, frames_of(second.samples)]

@@ -163,6 +163,17 @@ def test_claims_of_a_folder(tmp_path, monkeypatch, capsys):
     assert "mAP -3.0 (-3.0 to -3.0) at 90 ms" in printed
 
 
+def test_a_seed_that_lacks_rates_is_left_out(tmp_path):
+    rows = [row(20.0, 51.0), row(90.0, 41.0)]
+    point(tmp_path, "any/pool-any-seed0", lam="any", rows=rows)
+    for seed, lams in ((0, (0.0, 1.0)), (1, (0.0,))):
+        for lam in lams:
+            name = f"ofa/pool-lam{lam}-seed{seed}"
+            point(tmp_path, name, lam=lam, seed=seed, period=20 + 70 * lam, test=50 + 10 * seed)
+    numbers = claims.against_own_heads(tmp_path)["numbers"]
+    assert [(n["period"], n["theirs"], n["heads"]) for n in numbers] == [(20, 50, 1), (90, 50, 1)]
+
+
 def test_lam_is_found_if_heads_agree_and_it_is_good_and_cheap(tmp_path):
     rows = [row(20.0, 51.0), row(90.0, 41.0)]
     found = {"lam": "any", "rows": rows, "test_s": 5.0}

@@ -15,6 +15,7 @@ import torch
 import finetune
 from extras import predict
 from ofa_encoder import PRESETS, OFAEncoder
+from parts.cache import HiddenStateCache, UnfrozenEncoder
 from parts.data import SPLITS
 from parts.runs import save
 from parts.scores import average_precision, bootstrap, guessing, score
@@ -342,19 +343,19 @@ def test_boundaries_from_a_file_or_found(run, spoken):
     """At λ = 1 each segment is a token, whatever the encoder would detect."""
     segments = OFAEncoder(replace(PRESETS["tiny"], alpha="segments"))
     save(segments.checkpoint(), "segments.pt")
-    utterances = load_task("pool", spoken).speech.utterances
-    Path("ends.tsv").write_text("".join(f"{u.id}\t0.1 0.3\n" for u in utterances))
+    names = [path for path, *_ in rows_of(spoken)]  # as the file of boundaries lists them, too
+    Path("ends.tsv").write_text("".join(f"{name}\t0.1 0.3\n" for name in names))
     flags = ["--checkpoint", "segments.pt", "--task", "pool", "--epochs", "1", "--lam", "1"]
     run(*flags, "--boundaries", "ends.tsv")
     (by_file,) = points()
-    assert by_file["tokens"] == 3 * len(utterances)
+    assert by_file["tokens"] == 3 * len(names)
     run(*flags, "--boundaries", "pseudo", "--root", "root", "--out", "found")
     (found,) = points("found")
     assert found["frame_period_ms"] == pytest.approx(90, rel=0.1)
     assert found["config"]["boundaries"] == "pseudo"
 
     # A point is known by what the file holds.
-    Path("ends.tsv").write_text("".join(f"{u.id}\t0.1\n" for u in utterances))
+    Path("ends.tsv").write_text("".join(f"{name}\t0.1\n" for name in names))
     with pytest.raises(ValueError, match="another configuration .boundaries differ"):
         run(*flags, "--boundaries", "ends.tsv")
 
@@ -374,6 +375,28 @@ def test_an_encoder_of_one_rate_has_no_lam(run):
     assert points()[0]["frame_period_ms"] == pytest.approx(40, rel=0.05)
     with pytest.raises(ValueError, match=r"one fixed rate \(average2\)"):
         run(*flags, "--lam", "0.5")
+
+
+@pytest.mark.parametrize(
+    "source, flags, under_bf16",
+    [(HiddenStateCache, ["--keep", "nothing"], False), (UnfrozenEncoder, ["--unfreeze"], True)],
+)
+def test_only_an_encoder_that_is_trained_runs_under_bf16(
+    run, monkeypatch, source, flags, under_bf16
+):
+    """Else a head would be trained on other hidden states than it is tested on."""
+    seen = set()
+    call = source.__call__
+
+    def noted(self, indices):
+        if torch.is_grad_enabled():
+            seen.add(torch.is_autocast_enabled("cpu"))
+        return call(self, indices)
+
+    monkeypatch.setattr(source, "__call__", noted)
+    monkeypatch.setattr(finetune, "use_bf16", lambda *_: True)  # on a CPU, for once
+    run("--task", "pool", "--epochs", "1", *flags)
+    assert seen == {under_bf16}
 
 
 def test_too_short_for_ctc_is_counted(run):

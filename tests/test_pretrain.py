@@ -250,7 +250,8 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(run, monkeypatch):
     assert_same("straight", "stopped")
 
 
-def test_parts_of_a_batch_add_up(run, monkeypatch):
+@pytest.mark.parametrize("alpha", ["regression", "segments"])
+def test_parts_of_a_batch_add_up(run, monkeypatch, alpha):
     """The gradient of a step does not depend on the parts in which its batch was taken.
 
     Weights would not do: Adam turns the last digit of a gradient near zero into a full step.
@@ -265,7 +266,7 @@ def test_parts_of_a_batch_add_up(run, monkeypatch):
 
     monkeypatch.setattr(pretrain.nn.utils, "clip_grad_norm_", keep)
     for out, parts in (("whole", "1"), ("parts", "2"), ("crumbs", "12")):  # in 12, some are empty
-        run("--out", out, "--steps", "1", "--accumulate", parts)
+        run("--out", out, "--steps", "1", "--accumulate", parts, "--alpha", alpha)
     for out in ("parts", "crumbs"):
         assert (gradients["whole"] - gradients[out]).norm() < 1e-3 * gradients["whole"].norm()
 

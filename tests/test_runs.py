@@ -19,6 +19,7 @@ from parts.runs import (
     differing,
     read_point,
     save,
+    save_point,
     use_bf16,
     warning,
 )
@@ -82,6 +83,13 @@ def test_a_score_no_better_than_guessing_is_named(metric, test, guess, warned):
     text = warning({"metric": metric, "test": test, "guessing": guess})
     assert text.startswith("; NO BETTER THAN GUESSING") == warned
     assert (f"reach {guess} %" in text) == warned
+
+
+def test_a_point_is_saved_where_git_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    save_point(tmp_path / "point.json", {"test": 1.0})
+    point = json.loads((tmp_path / "point.json").read_text())
+    assert point["test"] == 1.0 and point["commit"] == ""
 
 
 def test_a_command_has_the_flags_that_are_not_at_their_defaults():

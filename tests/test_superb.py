@@ -273,6 +273,25 @@ def test_ks_deals_out_the_seconds_of_noise(laid):
     assert found == {"train": list(range(1, 17)), "valid": [17, 18], "test": [19, 20]}
 
 
+def test_utterances_are_groups_of_their_own(laid):
+    """The bootstrap draws groups. Seconds of one noise belong together."""
+    for name in ("sid", "ks"):
+        task = load_superb(name, laid(name))
+        groups = {}
+        for utterance, target in zip(task.speech.utterances, task.targets):
+            groups.setdefault(utterance.group, []).append(target == "silence")
+        noises = [group for group in groups.values() if all(group)]
+        assert len(noises) == (2 if name == "ks" else 0)
+        assert all(len(group) == 1 for group in groups.values() if group not in noises)
+
+
+def test_ids_are_paths(laid):
+    folder = laid("sid")
+    task = load_superb("sid", folder)
+    for utterance in task.speech.utterances:
+        assert (folder / utterance.id).samefile(utterance.path)
+
+
 def test_ic_asks_three_questions(laid):
     task = load_superb("ic", laid("ic"))
     assert task.symbols == [
@@ -468,6 +487,7 @@ def test_every_task_is_finetuned(run, laid, name):
     assert point["test"] >= 0
     assert point["epochs"] == 2
     assert point["infeasible_test"] == 0
+    assert len(point["bootstrap"]) == 200
     if SUPERB[name].second:
         assert point[f"test {SUPERB[name].second}"] >= 0
 
