@@ -185,6 +185,22 @@ def against_own_heads(folder) -> dict:
     )
 
 
+def against_regression(folder) -> dict:
+    """Tokens that end where segments end against α by regression, after as many steps (k3)."""
+    differences = []
+    for task, metric in METRIC_OF.items():
+        ours = load_heads(folder, "segments", task, "any")
+        theirs = load_heads(folder, "k3", task, "any")
+        for period in (33, 50, 90, 180) if ours and theirs else ():
+            differences.append(compare(task, metric, "regression", ours, theirs, period))
+    return claim(
+        "such tokens serve tasks as well as those of regression",
+        "make points-segments",
+        differences,
+        verdict_within(differences),
+    )
+
+
 def against_rivals(folder) -> dict:
     """Pre-training with compression against frames that are merged without any training."""
     differences = []
@@ -301,6 +317,7 @@ def all_claims(folder) -> list[dict]:
         against_own_heads,
         lam_is_found,
         tokens_end_with_sounds,
+        against_regression,
         against_rivals,
         against_log_mels,
     )

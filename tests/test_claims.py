@@ -157,10 +157,22 @@ def test_claims_of_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["claims.py", str(tmp_path)])
     claims.main()
     found = json.loads(Path(tmp_path / "claims.json").read_text())
-    assert [entry["verdict"] for entry in found] == ["no", "no", *["not measured"] * 4]
+    assert [entry["verdict"] for entry in found] == ["no", "no", *["not measured"] * 5]
     printed = capsys.readouterr().out
     assert "mAP -7.0 (-7.0 to -7.0) at 20 ms" in printed
     assert "mAP -3.0 (-3.0 to -3.0) at 90 ms" in printed
+
+
+def test_segments_are_compared_with_as_many_steps_of_regression(tmp_path):
+    rows = [row(20.0, 51.0), row(200.0, 41.0)]
+    point(tmp_path, "segments/pool-any-seed0", lam="any", rows=rows)
+    assert claims.against_regression(tmp_path)["verdict"] == "not measured"
+    rows = [row(20.0, 50.5), row(200.0, 43.5)]
+    point(tmp_path, "k3/pool-any-seed0", encoder="b", lam="any", rows=rows)
+    entry = claims.against_regression(tmp_path)
+    assert [number["period"] for number in entry["numbers"]] == [33, 50, 90, 180]
+    assert entry["numbers"][0]["better"] == pytest.approx(0.5 - 3 * 13 / 180)
+    assert entry["verdict"] == "no"
 
 
 def test_a_seed_that_lacks_rates_is_left_out(tmp_path):
