@@ -38,6 +38,7 @@ from extras.points import (
     PEERS,
     TASKS,
     load_heads,
+    mean_and_sd,
     plus_minus,
     read_at,
     standard_deviation,
@@ -84,24 +85,31 @@ class Difference(NamedTuple):
         return f"{self.better:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
 
 
+def count_encoders(heads) -> int:
+    """On how many encoders they are; 0, if their features need none."""
+    return len({head.encoder for head in heads} - {None})
+
+
 def compare(task, metric, beside, ours, theirs, period, their_period=None) -> Difference:
     """ours, theirs: heads; their_period: if it is not the same."""
     sign = 1 if metric in HIGHER_IS_BETTER else -1
     random = np.random.default_rng(0)
     our_tests, our_draws = read_at(ours, period)
     their_tests, their_draws = read_at(theirs, their_period or period)
+    our_mean, _ = mean_and_sd(our_tests, [head.encoder for head in ours])
+    their_mean, _ = mean_and_sd(their_tests, [head.encoder for head in theirs])
     apart = sign * (resample(ours, our_draws, random) - resample(theirs, their_draws, random))
     low, high = np.percentile(apart, [2.5, 97.5])
     return Difference(
         task,
         beside,
         round(float(period), 1),
-        float(our_tests.mean()),
-        float(their_tests.mean()),
-        float(sign * (our_tests.mean() - their_tests.mean())),
+        float(our_mean),
+        float(their_mean),
+        float(sign * (our_mean - their_mean)),
         float(low),
         float(high),
-        min(len({head.encoder for head in heads}) for heads in (ours, theirs)),
+        min(count_encoders(heads) for heads in (ours, theirs) if count_encoders(heads)),
         min(len(ours), len(theirs)),
     )
 
@@ -140,6 +148,7 @@ def claim(text, command, differences, verdict) -> dict:
         "claim": text,
         "command": command,
         "verdict": verdict,
+        "encoders": min((d.encoders for d in differences), default=0),
         "shown": "; ".join(shown),
         "numbers": numbers,
     }
@@ -257,6 +266,7 @@ def lam_is_found(folder) -> dict:
         numbers.append(
             {
                 "task": task,
+                "encoders": len({point["config"]["checkpoint_sha1"] for point in chosen}),
                 "heads": len(chosen),
                 "period_ms": float(periods.mean()),
                 "sd_ms": standard_deviation(periods),
@@ -277,9 +287,10 @@ def lam_is_found(folder) -> dict:
         cheap = all(n["time_of_grid"] is not None and n["time_of_grid"] < 1 for n in numbers)
         verdict = "yes" if agree and cheap else "not everywhere"
     return {
-        "claim": "λ is found on one head's curve, in less time than a grid of heads takes",
+        "claim": "λ is found on one head's curve, sooner than by a grid of heads",
         "command": "make points-any points-ofa",
         "verdict": verdict,
+        "encoders": min((n["encoders"] for n in numbers), default=0),
         "shown": shown,
         "numbers": numbers,
     }
@@ -306,6 +317,7 @@ def tokens_end_with_sounds(folder) -> dict:
         "claim": "near λ = 1, tokens of segments end at pseudo-boundaries (R-value ≥ 0.75)",
         "command": "make results",
         "verdict": verdict,
+        "encoders": 1 if numbers else 0,
         "shown": shown,
         "numbers": numbers,
     }
@@ -329,8 +341,11 @@ def all_claims(folder) -> list[dict]:
 
 def claims_table(claims) -> str:
     """A row for each claim: its verdict, and the numbers that say most."""
-    rows = [[entry["claim"], entry["verdict"], entry["shown"] or "–"] for entry in claims]
-    return table(["claim", "here", "at worst"], rows)
+    rows = [
+        [entry["claim"], entry["verdict"], entry["encoders"], entry["shown"] or "–"]
+        for entry in claims
+    ]
+    return table(["claim", "here", "encoders", "at worst"], rows)
 
 
 def numbers_table(entry) -> str:

@@ -23,6 +23,7 @@ from extras.points import (
     Summary,
     learned_settings,
     load_heads,
+    mean_and_sd,
     select,
 )
 from parts.figures import COLOURS, STYLE
@@ -101,11 +102,10 @@ def draw_any(axis, folder, task, x):
             continue
         periods = heads[0].periods
         tests = np.array([np.interp(periods, head.periods, head.test) for head in heads])
-        mean = tests.mean(0)
+        mean, sd = mean_and_sd(tests, [head.encoder for head in heads])
         xs = periods if x == "period" else cost_at(periods, folder / model, task, features)
         axis.plot(xs, mean, style, color=colour, linewidth=2.5, label=label)
         if len(heads) > 1:
-            sd = tests.std(0, ddof=1)
             axis.fill_between(xs, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
 
 
@@ -150,7 +150,7 @@ def draw_peers(axis, points, task, x):
         for summary in select(points, peer, task).values():
             at = getattr(summary, x)
             axis.plot(at, summary.test, marker, markersize=8, color=black, label=label)
-            if summary.seeds > 1:
+            if summary.heads > 1:
                 axis.errorbar(at, summary.test, summary.sd, color=black)
 
 

@@ -97,12 +97,18 @@ class Summary:
     """Means over the seeds of one setting, and the standard deviation of the metric."""
 
     def __init__(self, points):
-        def mean(name):
-            return float(np.mean([point[name] for point in points]))
+        encoders = [point["config"].get("checkpoint_sha1") for point in points]
 
-        self.seeds = len(points)
-        self.test = mean("test")
-        self.sd = standard_deviation([point["test"] for point in points])
+        def mean_sd(name):
+            mean, sd = mean_and_sd([point[name] for point in points], encoders)
+            return float(mean), float(sd)
+
+        def mean(name):
+            return mean_sd(name)[0]
+
+        self.encoders = len(set(encoders))
+        self.heads = len(points)
+        self.test, self.sd = mean_sd("test")
         self.valid = mean("valid")
         self.period = mean("frame_period_ms")
         self.gflops = mean("transformer_gflops_per_s")
@@ -113,6 +119,23 @@ class Summary:
 
     def __str__(self):
         return plus_minus(self.test, self.sd, 1)
+
+
+def mean_and_sd(values, encoders):
+    """The mean of scores and their standard deviation: over encoders, each with the mean of its
+    heads, or over heads, where all are on one encoder.
+
+    values (H,) or (H, R): a score, or several, of each head; encoders: a name for each head.
+    """
+    of_encoder = defaultdict(list)
+    for encoder, value in zip(encoders, values):
+        of_encoder[encoder].append(value)
+    means = [np.mean(of_one, 0) for of_one in of_encoder.values()]
+    varying = means if len(means) > 1 else values
+    mean = np.mean(means, 0)
+    if len(varying) == 1:
+        return mean, np.full_like(mean, np.nan)
+    return mean, np.std(varying, 0, ddof=1)
 
 
 def standard_deviation(values) -> float:

@@ -1,17 +1,14 @@
 """What was found: the page of results/, made from the points of finetune.py and adaptive_lambda.py.
 
-    results/MODEL/*.json   points (see points.py); `make sweep` computes them anew
-    results/pretraining/   the tables that pretrain.py printed about the encoders
-    results/firing/        what firing.py found
+results/MODEL/*.json   points (see points.py); `make sweep` computes them anew
+results/pretraining/   the tables that pretrain.py printed about the encoders
+results/firing/        what firing.py found
 
-    results/results.md     tables: the trade-off, the claims, the learned λ, …
-    results/*.png          figures (see curves.py)
-    results/earlier/       points of earlier encoders and rules, with their tables and figures
+results/results.md     tables: the trade-off, the claims, the learned λ, …
+results/*.png          figures (see curves.py)
+results/earlier/       points of earlier encoders and rules, with their tables and figures
 
-Every number is a mean over heads, of all pre-training seeds that there are, ± their standard
-deviation.
-
-    python -m extras.results results
+python -m extras.results results
 """
 
 import parts  # noqa: F401  before torch: it sets how the threads of torch wait
@@ -39,6 +36,7 @@ from extras.points import (
     learned_settings,
     load_heads,
     load_points,
+    mean_and_sd,
     plus_minus,
     read_at,
     select,
@@ -56,7 +54,8 @@ ONE_HEAD = {  # models of which there are heads for all rates
 }
 SHOWN_MS = (20, 25, 33, 50, 70, 90, 130, 180)  # of the forty rates
 LEGEND = """\
-± is the standard deviation over seeds of the head. *ms / token*: mean frame period of all
+± is the standard deviation over encoders that were pre-trained with other seeds, each with the mean
+of its heads; over heads, where there is one encoder. *ms / token*: mean frame period of all
 utterances. *GFLOPs / s*: of positions and Transformer, per second of speech; attention's part
 grows with the length of utterances, so tasks differ. *too short*: test utterances with fewer
 tokens than CTC needs. *untrained encoder*: the same network with random weights. *deaf*: a head
@@ -88,9 +87,11 @@ def tradeoff_table(points, task) -> str:
         gflops = f"{summary.gflops:.3f}" if has_encoder else ""
         short = f"{summary.infeasible:.0f} %" if task == "ctc" else ""
         epochs = f"{summary.epochs:.0f}"
-        rows.append([name, lam, period, gflops, summary, summary.seeds, epochs, short])
+        counts = [summary.encoders, summary.heads]
+        rows.append([name, lam, period, gflops, summary, *counts, epochs, short])
     metric = f"{METRIC_OF[task]} %"
-    header = ["model", "λ", "ms / token", "GFLOPs / s", metric, "seeds", "epochs", "too short"]
+    header = ["model", "λ", "ms / token", "GFLOPs / s", metric]
+    header += ["encoders", "heads", "epochs", "too short"]
     return table(header, rows)
 
 
@@ -100,18 +101,24 @@ def any_table(folder, task) -> str:
     for model, name in ONE_HEAD.items():
         heads = load_heads(folder, model, task, "any")
         if heads:
-            rows.append([name, len(heads), *scores_at(heads)])
+            rows.append([name, *count(heads), *scores_at(heads)])
     for by in ("average", "merge"):
         heads = load_heads(folder, "rivals", task, "any", by)
         if heads:
-            rows.append([f"no compression, {by}, one head", len(heads), *scores_at(heads)])
-    return table(["model", "heads", *(f"{period} ms" for period in SHOWN_MS)], rows)
+            rows.append([f"no compression, {by}, one head", *count(heads), *scores_at(heads)])
+    return table(["model", "encoders", "heads", *(f"{period} ms" for period in SHOWN_MS)], rows)
+
+
+def count(heads) -> tuple[int, int]:
+    """How many encoders and heads there are."""
+    return len({head.encoder for head in heads}), len(heads)
 
 
 def scores_at(heads) -> list[str]:
     """The mean score ± its standard deviation at each period of SHOWN_MS."""
-    tests = [read_at(heads, period)[0] for period in SHOWN_MS]
-    return [plus_minus(t.mean(), standard_deviation(t), 1) for t in tests]
+    encoders = [head.encoder for head in heads]
+    found = [mean_and_sd(read_at(heads, period)[0], encoders) for period in SHOWN_MS]
+    return [plus_minus(mean, sd, 1) for mean, sd in found]
 
 
 def search_table(folder) -> str:
@@ -167,7 +174,7 @@ def learned_table(points) -> str:
                     LEARNED[setting.model][0],
                     setting.lam,
                     f"{setting.price:g}",
-                    summary.seeds,
+                    summary.heads,
                     plus_minus(np.mean(lams), standard_deviation(lams), 2),
                     f"{summary.period:.0f}",
                     summary,
@@ -177,7 +184,7 @@ def learned_table(points) -> str:
                     f"{minutes_of_grid:.1f}",
                 ]
             )
-    header = ["task", "slope by", "λ starts at", "price", "seeds", "λ learned", "ms / token"]
+    header = ["task", "slope by", "λ starts at", "price", "heads", "λ learned", "ms / token"]
     header += ["metric %", "best of the grid (by validation)", "better by"]
     header += ["minutes, fastest seed", "minutes of the grid"]
     return table(header, rows)

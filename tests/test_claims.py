@@ -88,6 +88,14 @@ def test_the_same_draws_cancel():
     assert str(found) == "+2.0 (+2.0 to +2.0)"
 
 
+def test_an_encoder_counts_once_however_many_heads_it_has():
+    ours = [head("a", 40.0, 0.0)] * 3 + [head("b", 50.0, 0.0)]
+    found = compare("pool", "mAP", "x", ours, [head(None, 45.0, 0.0)], 20)
+    assert found.ours == 45.0 and found.better == pytest.approx(0)
+    assert found.encoders == 2  # features such as log-mels need none
+    assert found.heads == 1
+
+
 def test_lower_error_rates_are_better():
     found = compare("ctc", "CER", "x", [head(test=30.0)], [head(test=33.0)], 20)
     assert found.better == pytest.approx(3.0)

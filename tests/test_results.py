@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 from extras import claims, curves, results
-from extras.points import METRIC_OF, PEERS, TASKS, load_points, select
+from extras.points import METRIC_OF, PEERS, TASKS, load_points, mean_and_sd, select
 
 REPO = Path(__file__).parent.parent
 
@@ -84,13 +85,25 @@ def test_tables_by_hand(points, monkeypatch, capsys):
     text = make(points, monkeypatch)
     assert text.strip() == capsys.readouterr().out.strip()
     text = re.sub(" +", " ", text)  # without what makes columns line up
-    assert "| once-for-all | 0.0 | 20.0 | 0.100 | 40.5 ± 0.7 | 2 | 2 | 10 % |" in text
+    assert "| once-for-all | 0.0 | 20.0 | 0.100 | 40.5 ± 0.7 | 1 | 2 | 2 | 10 % |" in text
     # The best of the grid has the lowest error rate, or the highest mAP.
     learned = "| autograd | 0.1 | 0 | 2 | 0.70 ± 0.00 | 27 | 41.5 ± 0.7"
     assert f"| characters (CTC) {learned} | 40.5 ± 0.7 at 0 | -1.0 | 0.5 | 1.0 |" in text
     assert f"| concepts (pooling) {learned} | 50.5 ± 0.7 at 1 | -9.0 | 0.5 | 1.0 |" in text
     assert "| characters (CTC) | differences | 0.1 | 0 | 2 | 0.70 ± 0.00 | 25 | 39.5 ± 0.7" in text
     assert "| characters (CTC) | autograd | 0.1 | 3 | 1 | 0.70 | 36 | 43.0 |" in text
+
+
+def test_means_are_over_encoders_where_there_are_several():
+    """Three heads at 40 on one encoder, one at 50 on another: 45, not 42.5."""
+    mean, sd = mean_and_sd([40, 40, 40, 50], ["a", "a", "a", "b"])
+    assert (mean, sd) == (45, pytest.approx(10 / 2**0.5))
+    mean, sd = mean_and_sd([40, 42], ["a", "a"])
+    assert (mean, sd) == (41, pytest.approx(2**0.5))
+    mean, sd = mean_and_sd([[40, 1], [50, 3]], ["a", "b"])
+    assert mean.tolist() == [45, 2]
+    mean, sd = mean_and_sd([40], ["a"])
+    assert mean == 40 and np.isnan(sd)
 
 
 def test_figures(points, monkeypatch):
