@@ -220,14 +220,14 @@ def pretraining_table(folder) -> str:
     """What pretrain.py measured of each encoder."""
     cells = []
     for model, name in {**ENCODERS, **PEERS}.items():
-        path = folder / f"{model}.json"
-        if not path.exists():
-            continue
-        for row in read_rows(path, "pretrain.py"):
-            line = [name, f"{row['lam']:.2f}", f"{row['period_ms']:.1f}"]
-            line += [f"{row['closed_form_ms']:.1f}", f"{np.mean(row['distillation']):.3f}"]
-            cells.append(line)
-    return table(["model", "λ", "ms / token", "closed form", "distillation loss"], cells)
+        for path in [*folder.glob(f"{model}.json"), *sorted(folder.glob(f"{model}-seed*.json"))]:
+            seed = path.stem.partition("-seed")[2] or "0"
+            for row in read_rows(path, "pretrain.py"):
+                line = [name, seed, f"{row['lam']:.2f}", f"{row['period_ms']:.1f}"]
+                line += [f"{row['closed_form_ms']:.1f}", f"{np.mean(row['distillation']):.3f}"]
+                cells.append(line)
+    header = ["model", "seed", "λ", "ms / token", "closed form", "distillation loss"]
+    return table(header, cells)
 
 
 # 2. The page.
