@@ -340,10 +340,12 @@ def all_claims(folder) -> list[dict]:
 
 
 def claims_table(claims) -> str:
-    """A row for each claim: its verdict, on how many encoders it rests, and the numbers that say
-    most."""
+    """A row for each claim that was measured: its verdict, on how many encoders it rests, and the
+    numbers that say most."""
     rows = []
     for entry in claims:
+        if not entry["numbers"]:
+            continue
         encoders = " or ".join(str(count) for count in entry["encoders"])
         rows.append([entry["claim"], entry["verdict"], encoders, entry["shown"]])
     return table(["claim", "here", "encoders", "at worst"], rows)
