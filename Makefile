@@ -1,6 +1,6 @@
 # make demo       pre-train a once-for-all encoder on two CPU cores: table, figure, checkpoint;
 #                 TEACHER=hubert_base, or what else pretrain.py --teacher takes, for another teacher
-# make test       lint, and all tests, notebooks included
+# make test       lint, and all tests, notebooks included, in two processes
 # make data       fetch the embedded corpus alone (once, 50 MB): what the notebooks need
 # make lint       formatter and linter
 # make fuzz       property tests with 10,000 cases each, and 20 kills of a pre-training: 15 minutes
@@ -53,7 +53,7 @@ demo: data/asterisk.pt
 	.venv/bin/python pretrain.py --teacher "$(TEACHER)" --out "$(DEMO)" --resume
 
 test: data/asterisk.pt lint .venv/installed-for-tests
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 data: data/asterisk.pt
 
