@@ -114,6 +114,13 @@ def compare(task, metric, beside, ours, theirs, period, their_period=None) -> Di
     )
 
 
+def compare_at(periods, task, metric, beside, ours, theirs, their_period=None):
+    """`compare` at each of the periods; nothing, where one of the two has not been measured."""
+    if not ours or not theirs:
+        return []
+    return [compare(task, metric, beside, ours, theirs, ms, their_period) for ms in periods]
+
+
 # 2. Claims.
 
 
@@ -200,8 +207,8 @@ def against_regression(folder) -> dict:
     for task, metric in METRIC_OF.items():
         ours = load_heads(folder, "segments", task, "any")
         theirs = load_heads(folder, "k3", task, "any")
-        for period in (33, 50, 90, 180) if ours and theirs else ():
-            differences.append(compare(task, metric, "regression", ours, theirs, period))
+        periods = (33, 50, 90, 180)
+        differences += compare_at(periods, task, metric, "regression", ours, theirs)
     return claim(
         "such tokens serve tasks as well as those of regression",
         "make points-segments",
@@ -215,11 +222,9 @@ def against_rivals(folder) -> dict:
     differences = []
     for task, metric in METRIC_OF.items():
         ours = load_heads(folder, "any", task, "any")
-        for by in ("average", "merge"):
+        for by, name in {"average": "averaged frames", "merge": "merged frames"}.items():
             theirs = load_heads(folder, "rivals", task, "any", by)
-            for period in (50, 90) if ours and theirs else ():
-                name = {"average": "averaged frames", "merge": "merged frames"}[by]
-                differences.append(compare(task, metric, name, ours, theirs, period))
+            differences += compare_at((50, 90), task, metric, name, ours, theirs)
     return claim(
         "at 50 and 90 ms, pre-training with compression beats merging frames",
         "make points-any points-rivals",
@@ -234,8 +239,8 @@ def against_log_mels(folder) -> dict:
     for task, metric in METRIC_OF.items():
         ours = load_heads(folder, "any", task, "any")
         theirs = load_heads(folder, "baselines", task, features="logmel")
-        for period in (20, 33, 50, 90) if ours and theirs else ():
-            differences.append(compare(task, metric, "log-mels", ours, theirs, period, 20))
+        periods = (20, 33, 50, 90)
+        differences += compare_at(periods, task, metric, "log-mels", ours, theirs, 20)
     return claim(
         "up to 90 ms, the encoder is better than log-mels of 20 ms",
         "make points-any points-baselines",

@@ -1,14 +1,16 @@
 """What was found: the page of results/, made from the points of finetune.py and adaptive_lambda.py.
 
-results/MODEL/*.json   points (see points.py); `make sweep` computes them anew
-results/pretraining/   the tables that pretrain.py printed about the encoders
-results/firing/        what firing.py found
+    results/MODEL/*.json   points (see points.py); `make sweep` computes them anew
+    results/pretraining/   the tables that pretrain.py printed about the encoders
+    results/firing/        what firing.py found
 
-results/results.md     tables: the trade-off, the claims, the learned λ, …
-results/*.png          figures (see curves.py)
-results/earlier/       points of earlier encoders and rules, with their tables and figures
+    results/results.md     tables: the trade-off, the claims, the learned λ, …
+    results/*.png          figures (see curves.py)
+    results/earlier/       points of earlier encoders and rules, with their tables and figures
 
-python -m extras.results results
+A mean is over encoders, each with the mean of its heads.
+
+    python -m extras.results results
 """
 
 import parts  # noqa: F401  before torch: it sets how the threads of torch wait
@@ -17,6 +19,7 @@ import parts  # noqa: F401  before torch: it sets how the threads of torch wait
 import argparse
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +122,30 @@ def scores_at(heads) -> list[str]:
     encoders = [head.encoder for head in heads]
     found = [mean_and_sd(read_at(heads, period)[0], encoders) for period in SHOWN_MS]
     return [plus_minus(mean, sd, 1) for mean, sd in found]
+
+
+def encoders_table(folder) -> str:
+    """What pre-training with another seed changes: a row for each encoder of a model with several,
+    with the mean over its heads, ± their standard deviation."""
+    models = {"any": "once-for-all, one head, at 20 ms", **PEERS}
+    scores = {}  # {(model, task): {encoder: scores of its heads}}
+    for model, task in product(models, TASKS):
+        of_encoder = scores.setdefault((model, task), {})
+        for head in load_heads(folder, model, task, "any" if model == "any" else "own"):
+            of_encoder.setdefault(head.encoder, []).append(float(head.test[0]))
+    rows = []
+    for model, name in models.items():
+        encoders = list(dict.fromkeys(e for task in TASKS for e in scores[model, task]))
+        for encoder in encoders if len(encoders) > 1 else ():
+            found = [scores[model, task].get(encoder, []) for task in TASKS]
+            rows.append([name, encoder, *map(mean_of_heads, found)])
+    if not rows:
+        return ""
+    return table(["model", "encoder", *(f"{TASKS[t]}, {METRIC_OF[t]}" for t in TASKS)], rows)
+
+
+def mean_of_heads(scores) -> str:
+    return plus_minus(np.mean(scores), standard_deviation(scores), 1) if scores else ""
 
 
 def search_table(folder) -> str:
@@ -258,6 +285,12 @@ def page(points, folder) -> str:
         for entry in claims:
             if numbers_table(entry):
                 text += [f"*{entry['claim']}*: {entry['verdict']}", numbers_table(entry)]
+    if encoders_table(folder):
+        text += [
+            "## Encoders that differ in their seed alone",
+            "*encoder*: by the hash of its checkpoint; the first has seed 0. ± is over heads.",
+            encoders_table(folder),
+        ]
     if any(folder.glob("any*/*-search-*.json")):
         text += [
             "## λ found on the curve of one head",

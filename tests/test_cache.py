@@ -73,6 +73,9 @@ def test_known_segments_replace_those_that_are_detected(asterisk):
         states = HiddenStateCache(some, "encoder", encoder, 1.0, "cpu", frames, keep, told=True)
         _, lengths = states([4, 0, 5])
         assert lengths.tolist() == [3, 3, 3]
+        detected = FrameCache(some, encoder, "cpu", False)
+        other = HiddenStateCache(some, "encoder", encoder, 1.0, "cpu", detected, False)
+        assert states.gflops != other.gflops  # the work, too, is that of the known segments
         x, numbers = frames([4, 0])
         out = encoder.encode(x, numbers, 1.0, frames.marks([4, 0]))
         torch.testing.assert_close(out.durations()[:, :2], torch.tensor([[3.0, 7.0]] * 2))

@@ -106,6 +106,24 @@ def test_means_are_over_encoders_where_there_are_several():
     assert mean == 40 and np.isnan(sd)
 
 
+def test_every_encoder_of_a_model_with_several_has_a_row(tmp_path):
+    assert results.encoders_table(tmp_path) == ""
+    for encoder, seed, test in (("a", 0, 40.0), ("a", 1, 42.0), ("b", 0, 50.0)):
+        folder = "none" if encoder == "a" else "none-seed1"
+        path = write_point(tmp_path, folder, test, 20, task="pool", seed=seed, lam=0.0)
+        point = json.loads(path.read_text())
+        point["config"]["checkpoint_sha1"] = encoder
+        path.with_name(f"pool-{encoder}{seed}.json").write_text(
+            json.dumps({**point, "bootstrap": [test] * 200})
+        )
+        path.unlink()
+        if encoder == "a":
+            assert results.encoders_table(tmp_path) == ""
+    text = re.sub(" +", " ", results.encoders_table(tmp_path))
+    assert "| no compression | a | | | 41.0 ± 1.4 |" in text
+    assert "| no compression | b | | | 50.0 |" in text
+
+
 def test_figures(points, monkeypatch):
     make(points, monkeypatch)
     for name in ("tradeoff.png", "lambda.png"):
