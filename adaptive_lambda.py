@@ -23,9 +23,9 @@ autograd     The paper's way: λ is a parameter, learned with a head, and its gr
 
 Why not autograd alone? As λ grows, the edges of all tokens slide on, and the last token, the tail,
 shrinks until it is worth less than half a token and is dropped. Between two such drops, in a tooth,
-the loss is continuous and autograd is exact. From tooth to tooth it jumps, and autograd
-never sees the jumps. What it returns is the slope of the teeth, not that of the saw, and the two
-may differ in sign (notebook 4 shows it). Differences over a step wider than a tooth see both.
+the loss is continuous and autograd is exact. From tooth to tooth it jumps, and autograd never sees
+the jumps. What it returns is the slope of the teeth, not that of the saw, and the two may differ in
+sign (notebook 4 shows it). Differences over a step wider than a tooth see both.
 
 In both of the last two λ = 1.99 σ(r), and r is the parameter: 0 < λ < 2 whatever the optimiser
 does. λ rests for the first steps (--freeze): a head that knows nothing yet, above all one under CTC
