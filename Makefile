@@ -108,9 +108,10 @@ points-segments: $(addprefix points-any-,segments k1 k2 k3)
 	$(foreach task,$(TASKS),$(call FINETUNE,$(task)) --lam any --boundaries pseudo \
 		--checkpoint runs/segments/encoder.pt --out $(RESULTS)/segments-oracle &&) true
 
-points-rivals: runs/none/encoder.pt
+points-rivals: $(filter points-rivals-none%,$(PEERS:%=points-rivals-%))
+points-rivals-%: runs/%/encoder.pt
 	$(foreach task,$(TASKS),$(foreach by,average merge,$(call FINETUNE,$(task)) --lam any \
-		--features $(by) --checkpoint $< --out $(RESULTS)/rivals &&)) true
+		--features $(by) --checkpoint $< --out $(RESULTS)/$(*:none%=rivals%) &&)) true
 
 points-baselines: runs/ofa/encoder.pt
 	$(foreach task,$(TASKS),\

@@ -218,16 +218,18 @@ def against_regression(folder) -> dict:
 
 
 def against_rivals(folder) -> dict:
-    """Pre-training with compression against frames that are merged without any training."""
+    """Pre-training with compression against frames that are merged without any training: the
+    encoder with all its steps, and one that had as many as the rivals' (k3)."""
     differences = []
     for task, metric in METRIC_OF.items():
-        ours = load_heads(folder, "any", task, "any")
-        for by, name in {"average": "averaged frames", "merge": "merged frames"}.items():
-            theirs = load_heads(folder, "rivals", task, "any", by)
-            differences += compare_at((50, 90), task, metric, name, ours, theirs)
+        for model, steps in {"any": "", "k3": ", steps alike"}.items():
+            ours = load_heads(folder, model, task, "any")
+            for by, name in {"average": "averaged frames", "merge": "merged frames"}.items():
+                theirs = load_heads(folder, "rivals", task, "any", by)
+                differences += compare_at((50, 90), task, metric, name + steps, ours, theirs)
     return claim(
         "at 50 and 90 ms, pre-training with compression beats merging frames",
-        "make points-any points-rivals",
+        "make points-any points-segments points-rivals",
         differences,
         verdict_better(differences),
     )

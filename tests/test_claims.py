@@ -16,7 +16,8 @@ def point(folder, name, task="pool", encoder="a", seed=0, lam=0.0, period=20.0, 
     """A point in folder/name.json. Its draws scatter around its score by a point."""
     noise = np.random.default_rng(0).standard_normal(200)
     bootstrap = [round(test + n, 2) for n in noise]
-    config = {"task": task, "features": "encoder", "seed": seed, "checkpoint_sha1": encoder}
+    features = more.pop("features", "encoder")
+    config = {"task": task, "features": features, "seed": seed, "checkpoint_sha1": encoder}
     content = {
         "config": {**config, "lam": lam},
         "metric": METRIC_OF[task],
@@ -181,6 +182,27 @@ def test_segments_are_compared_with_as_many_steps_of_regression(tmp_path):
     assert [number["period"] for number in entry["numbers"]] == [33, 50, 90, 180]
     assert entry["numbers"][0]["better"] == pytest.approx(0.5 - 3 * 13 / 180)
     assert entry["verdict"] == "no"
+
+
+def test_rivals_are_compared_at_as_many_steps_too(tmp_path):
+    """The encoder with all its steps is better than averages, the one with as many is worse."""
+    for model, features, encoder, test in (
+        ("any", "encoder", "a", 51.0),
+        ("k3", "encoder", "b", 49.5),
+        ("rivals", "average", "c", 50.0),
+    ):
+        rows = [row(20.0, test), row(200.0, test)]
+        name = f"{model}/pool-any-seed0"
+        point(tmp_path, name, encoder=encoder, features=features, lam="any", rows=rows)
+    entry = claims.against_rivals(tmp_path)
+    better = [(n["beside"], n["period"], n["better"]) for n in entry["numbers"]]
+    assert better == [
+        ("averaged frames", 50, pytest.approx(1.0)),
+        ("averaged frames", 90, pytest.approx(1.0)),
+        ("averaged frames, steps alike", 50, pytest.approx(-0.5)),
+        ("averaged frames, steps alike", 90, pytest.approx(-0.5)),
+    ]
+    assert entry["verdict"] == "not everywhere"
 
 
 def test_a_seed_that_lacks_rates_is_left_out(tmp_path):
