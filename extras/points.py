@@ -35,6 +35,7 @@ ENCODERS = {
     "segments": "once-for-all, segments",
     "ofa-one-lam": "once-for-all, one λ a step",
 }
+KS = {"k1": "K = 1", "k2": "K = 2", "k3": "K = 3"}  # pre-trained with so many λ a step
 BASELINES = {"logmel": "log-mel", "random": "untrained encoder", "deaf": "deaf"}
 # λ learned with a head, by folder: by which slope, and how its lines are drawn.
 LEARNED = {

@@ -30,6 +30,7 @@ from extras.firing import TOLERANCE_MS, firing_table, table
 from extras.points import (
     BASELINES,
     ENCODERS,
+    KS,
     LEARNED,
     METRIC_OF,
     PEERS,
@@ -51,9 +52,7 @@ ONE_HEAD = {  # models of which there are heads for all rates
     "any": "once-for-all, one head",
     "segments": "segments, one head",
     "segments-oracle": "segments, pseudo-boundaries as an oracle, one head",
-    "k1": "K = 1, one head",
-    "k2": "K = 2, one head",
-    "k3": "K = 3, one head",
+    **{model: f"{name}, one head" for model, name in KS.items()},
 }
 SHOWN_MS = (20, 25, 33, 50, 70, 90, 130, 180)  # of the forty rates
 LEGEND = """\
@@ -246,7 +245,7 @@ def read_rows(path, script) -> list[dict]:
 def pretraining_table(folder) -> str:
     """What pretrain.py measured of each encoder."""
     cells = []
-    for model, name in {**ENCODERS, **PEERS}.items():
+    for model, name in {**ENCODERS, **KS, **PEERS}.items():
         for path in [*folder.glob(f"{model}.json"), *sorted(folder.glob(f"{model}-seed*.json"))]:
             seed = path.stem.partition("-seed")[2] or "0"
             for row in read_rows(path, "pretrain.py"):
