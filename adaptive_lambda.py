@@ -21,11 +21,12 @@ autograd     The paper's way: λ is a parameter, learned with a head, and its gr
 
                  loss → hidden states → tokens → widths of CIF's pieces → α′ → λ
 
-Why not autograd alone? As λ grows, the edges of all tokens slide on, and the last token, the tail,
-shrinks until it is worth less than half a token and is dropped. Between two such drops, in a tooth,
-the loss is continuous and autograd is exact. From tooth to tooth it jumps, and autograd never sees
-the jumps. What it returns is the slope of the teeth, not that of the saw, and the two may differ in
-sign (notebook 4 shows it). Differences over a step wider than a tooth see both.
+Why not autograd alone? Over λ an utterance's loss is a sawtooth. As λ grows, the edges of all
+tokens slide on, and the last token, the tail, shrinks until it is worth less than half a token and
+is dropped. Between two such drops lies a tooth: there the loss is continuous and autograd is exact.
+From tooth to tooth the loss jumps, and autograd never sees the jumps. It returns the slope of the
+teeth, and the trend over many teeth may have the opposite sign (notebook 4 shows it). Differences
+over a step wider than a tooth see both.
 
 In both of the last two λ = 1.99 σ(r), and r is the parameter: 0 < λ < 2 whatever the optimiser
 does. λ rests for the first steps (--freeze): a head that knows nothing yet, above all one under CTC
@@ -73,7 +74,7 @@ from parts.heads import emissions
 from parts.runs import check_numbers, command, cost_of, read_point, save_point, warning
 
 LIMIT = 1.99  # of λ: at 2, α′ is 0 and nothing fires
-SMOOTH = 3  # rates on each side to which the curve is smoothed
+SMOOTH = 3  # rates on each side over which the curve is smoothed
 
 # Flags that finetune.py does not have.
 OWN = {"way", "price", "lam_epochs", "lam_lr", "freeze", "delta"}
@@ -295,8 +296,8 @@ class MeasuredLam(LearnedLam):
 
     @torch.no_grad()
     def slope(self, lam) -> float:
-        """(loss(λ + δ) - loss(λ - δ)) / 2δ on the next validation batch, at the ends of the scale
-        over what is left of the step."""
+        """(loss(λ + δ) - loss(λ - δ)) / 2δ on the next validation batch. Where λ ± δ leaves the
+        scale it is cut off there, and the divisor is the distance that is left."""
         batch = next(self.batches)
         head = self.lesson.head
         wanted = [[s for s in self.lesson.targets[i] if s >= 0] for i in batch]

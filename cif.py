@@ -38,7 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 # a mistake, such as a wrong unit, and its tokens would take gigabytes of memory: it is an error.
 MAX_TOKENS_PER_FRAME = 100
 
-# A running total that falls short of a token end by less than this part of β counts as having
+# A running total that falls short of a token end by less than this fraction of β counts as having
 # reached it: ten weights of 0.1 add up to 0.9999999999999999.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -58,7 +58,7 @@ class Fired(NamedTuple):
     fire_times: Tensor  # (B, T) float32, in frames: 2.5 is half-way through the third frame
     frame: Tensor  # (B, P) int64, the frame in which a piece lies, from 0; never decreases
     token: Tensor  # (B, P) int64, the token in which it lies, from 0; never decreases
-    width: Tensor  # (B, P) its share of that frame's α; zero in a tail that was dropped
+    width: Tensor  # (B, P) how much of that frame's α lies in it; 0 in a tail that was dropped
     alpha: Tensor  # (B, S) α as integrated: scaled to target_lengths, zero in the padding
 
 
@@ -68,7 +68,7 @@ def cif(x, alpha, lengths=None, *, threshold=1.0, tail_threshold=0.5, target_len
     lengths (B,): number of valid frames in each utterance, 1 to S; those beyond may hold anything,
         NaN included. Default: all S.
     threshold: β > 0, the mass of one token.
-    tail_threshold: a tail fires if it has at least this part of β, 0 to 1. None: no tail fires.
+    tail_threshold: a tail fires if its mass is at least this fraction of β, 0 to 1; None: never.
     target_lengths (B,): scale each utterance's α so that exactly so many tokens fire and no tail is
         left (the paper's scaling strategy). Default: take α as they are.
 
@@ -84,11 +84,11 @@ def cif(x, alpha, lengths=None, *, threshold=1.0, tail_threshold=0.5, target_len
     # Lay the two rulers on one line. Token ends need no list, being multiples of β: it is enough to
     # know how many there are at or before each frame end.
     total = alpha.cumsum(1)  # (B, S) c_s, the frame ends
-    fires = (total.detach() / threshold + slack).long()  # (B, S)
+    n_fired = (total.detach() / threshold + slack).long()  # (B, S)
 
     # What is left after the last full token is the tail. One that holds nothing but rounding errors
     # does not fire, even if tail_threshold is 0.
-    full = fires[:, -1]  # (B,) number of full tokens
+    full = n_fired[:, -1]  # (B,) number of full tokens
     tail = total[:, -1] - full.to(total) * threshold  # (B,) mass of the tail
     if tail_threshold is None:
         fires_tail = torch.zeros_like(full, dtype=torch.bool)
@@ -100,7 +100,7 @@ def cif(x, alpha, lengths=None, *, threshold=1.0, tail_threshold=0.5, target_len
     T, most_full = torch.stack([n_tokens, full]).amax(1).tolist()
 
     # Cut the line into pieces. The pieces of a dropped tail are kept in the list with width 0.
-    frame, token, width = _merge_rulers(total, fires, lengths, most_full, threshold)
+    frame, token, width = _merge_rulers(total, n_fired, lengths, most_full, threshold)
     width = width.masked_fill(token >= n_tokens[:, None], 0)
 
     # A token is the sum of its pieces; those of a tail that fires are scaled up to the mass β.
@@ -110,7 +110,7 @@ def cif(x, alpha, lengths=None, *, threshold=1.0, tail_threshold=0.5, target_len
     # Token t's pieces begin right after the mark that ends token t - 1. Up to and including that
     # mark there are t token ends, and all frame ends at which fewer than t tokens have fired.
     count = torch.arange(T + 1, device=x.device)
-    fired_in = torch.searchsorted(fires, count.expand(len(x), -1).contiguous())  # (B, T + 1)
+    fired_in = torch.searchsorted(n_fired, count.expand(len(x), -1).contiguous())  # (B, T + 1)
     first_piece = (count + fired_in)[:, :-1]
     tokens = _sum_runs(x, frame, weight, first_piece)  # (B, T, C)
 
@@ -125,7 +125,7 @@ def cif(x, alpha, lengths=None, *, threshold=1.0, tail_threshold=0.5, target_len
     return Fired(tokens, n_tokens, times, frame, token, width, alpha)
 
 
-def _merge_rulers(total, fires, lengths, most_full, threshold):
+def _merge_rulers(total, n_fired, lengths, most_full, threshold):
     """Cut the line at the marks of both rulers: the frame, token and width of each piece, (B, P).
 
     total (B, S): frame ends. fires (B, S): how many token ends lie at or before each of them.
@@ -150,10 +150,10 @@ def _merge_rulers(total, fires, lengths, most_full, threshold):
     B, S = total.shape
     place = torch.arange(S + most_full, device=total.device)  # (P,), one for each mark
 
-    # Before frame end s lie s other frame ends and fires[s] token ends, which gives its place among
-    # all marks. The places left over belong to the token ends.
+    # Before frame end s lie s other frame ends and n_fired[s] token ends, which gives its place
+    # among all marks. The places left over belong to the token ends.
     ends_frame = torch.zeros(B, S + most_full, dtype=torch.int64, device=total.device)
-    ends_frame.scatter_(1, fires + place[:S], 1)  # (B, P) 1 at a frame end, 0 at a token end
+    ends_frame.scatter_(1, n_fired + place[:S], 1)  # (B, P) 1 at a frame end, 0 at a token end
 
     # The frame of a piece is the number of frame ends before its own mark. Token ends are the rest.
     frame = ends_frame.cumsum(1) - ends_frame
@@ -165,7 +165,7 @@ def _merge_rulers(total, fires, lengths, most_full, threshold):
     token_ends = (token + 1).to(total) * threshold
     marks = torch.where(ends_frame == 1, total.gather(1, frame), token_ends)
     width = marks.diff(dim=1, prepend=marks.new_zeros(B, 1))
-    n_marks = lengths + fires[:, -1]  # (B,)
+    n_marks = lengths + n_fired[:, -1]  # (B,)
     width = width.masked_fill(place >= n_marks[:, None], 0)
     return frame, token, width
 

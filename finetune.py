@@ -8,9 +8,9 @@ The encoder runs once at each λ, and its hidden states are kept. A head is trai
 rate gets a head of its own, and the curve over λ compares rates, not hours of training.
 
 Such a head serves no rate far from its own. With --lam any, one head is trained for all of them, as
-the encoder was: at each step λ = 0 and two more of twelve, one from their lower half and one from
-the upper. It is told how long each token is (heads.tell). Then it is tested at forty rates, from 20
-ms to some 230, at most of which it has not been trained.
+the encoder was: at each step λ = 0 and two of the other eleven that are kept, one from their lower
+part and one from the upper. It is told how long each token is (heads.tell). Then it is tested at
+forty rates, from 20 ms to some 230; most of them it was not trained at.
 
 Baselines get the same head, and other features in the encoder's place (--features). With
 --boundaries pseudo the segments of an encoder that detects them end at pseudo-boundaries instead:
@@ -79,7 +79,7 @@ from parts.teachers import fingerprint, load_teacher
 BATCH = 16  # utterances in a step
 MAX_GRADIENT_NORM = 5.0
 WEIGHT_DECAY = 0.01
-WARMUP = 0.1  # part of the steps over which the learning rate rises
+WARMUP = 0.1  # fraction of the steps over which the learning rate rises
 CHECKS = 10  # times that the validation split is measured in training
 
 # A head for any rate (--lam any):
@@ -240,7 +240,7 @@ class Lesson:
 
     def draw(self, random) -> list:
         """The sources of a step. Of several, the first, at λ = 0, and one from each half of the
-        others: the same as the λ of a step in pretrain.py."""
+        others, in the manner of pretrain.py."""
         if len(self.sources) == 1:
             return self.sources
         halves = np.array_split(np.arange(1, len(self.sources)), LAMS_PER_STEP - 1)
@@ -371,7 +371,7 @@ def train_epoch(args, lesson, optimizer, schedule, random) -> float:
                 states, lengths = source(batch)
             with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
                 loss = loss + lesson.head.loss(states, lengths, wanted) / len(sources)
-        loss = loss + lesson.trainable.cost  # the price of tokens, if λ is learned
+        loss = loss + lesson.trainable.cost  # if λ is learned: see adaptive_lambda.py
         optimizer.zero_grad()
         loss.backward()
 

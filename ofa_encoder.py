@@ -81,7 +81,7 @@ FRAME_MS = 20
 CONSTANT_ALPHA = {"none": 1.0, "average2": 1 / 2, "average4": 1 / 4}
 COMPRESSIONS = ("cif", *CONSTANT_ALPHA)
 ALPHAS = ("regression", "segments")
-RISE = 1e-3  # of a probability, that counts when peaks are looked for
+RISE = 1e-3  # the smallest rise of a probability that makes a peak
 INITIAL_ALPHA = 0.22  # of "cif" before training: about one token in 90 ms
 
 
@@ -241,7 +241,7 @@ def lock_to_ends(weights, ends):
 
     Up to λ = 1 a segment of n frames has the mass n (1 - λ) + λ, which is at least 1, so the
     rounded total grows at every end: no token crosses one. Beyond, a segment has only 2 - λ, and
-    some join the next, as one of 0.3 would here.
+    some join the next, as one of 0.3 would here after the third (3.2 in all, rounded 3 again).
     """
     slack = ROUNDING[weights.dtype]  # a total of 2.5 is rounded up, even if it is 2.4999999999
     rounded = (weights.detach().cumsum(1) + 0.5 + slack).floor()  # (B, S)

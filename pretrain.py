@@ -8,13 +8,14 @@ and one linear head for each distilled layer predicts the teacher's vectors h th
     (B, samples)         (B, S, C) ├── encode at λ_2 ── (B, T_2, D) ── expand ──┼── heads
                                    └── …                                        ┘
 
-    loss = mean over λ of Σ_layers mean over frames of  |ĥ - h|₁ / D - log σ(cos(ĥ, h))
+    loss = mean over λ of Σ_layers mean over frames of  |ĥ - h|₁ / D_h - log σ(cos(ĥ, h))
          + 0.5  · mean over frames of    |α_s - pseudo-α_s|            guidance by frames
          + 0.05 · mean over segments of  |α_1 + … + α_e(i) - i|        segment i ends at frame e(i)
-         + q    · mean over utterances of |mean α - target|            quantity, optional
+         + q    · mean over utterances of |mean α - 20 ms / segment|   quantity, optional
 
-The first line is DistilHuBERT's loss, the next two are once-for-all's. Guidance acts on α *before*
-λ changes it: one unit of mass for each segment is what λ then scales, whatever λ was drawn.
+The first line is DistilHuBERT's loss (ĥ is what a head predicts, D_h the size of the teacher's
+vectors), the next two are once-for-all's. Guidance acts on α *before* λ changes it: one unit of
+mass for each segment is what λ then scales, whatever λ was drawn.
 
 With --alpha segments the predictor learns where segments end, and while it learns, pseudo-α is used
 in place of α. Guidance then is the cross entropy of its probability that a segment ends with a
@@ -22,19 +23,20 @@ frame. How probable an end must be to count is set on held-out speech, so that i
 --segment-ms.
 
 The CNN and the teacher do not depend on λ and are most of the work, so K = 3 values of λ cost less
-than twice what one costs, not three times (docs/speed.md). λ = 0 is always among them: it is the
-hardest rate, since every frame must be right, and few steps would come near it by chance. (The
-paper takes one λ for each batch, and accumulates many batches before it updates the weights.)
+than twice what one costs, not three times (docs/speed.md). λ = 0 is always among them: few steps
+would come near it by chance, and then its loss ends above that of λ = 0.26, where it should be the
+lowest (results/earlier/results.md: 0.842 beside 0.804). The paper takes one λ for each batch, and
+accumulates many batches before it updates the weights.
 
 One loop serves a CPU, a GPU, and many (torchrun). Whatever is random at a step, λ and the order of
-data included, is a function of (seed, step). So a run that was stopped goes on as if it had not
-been (--resume), and all processes draw the same λ. A batch is dealt out among processes and
-accumulated parts, and losses are divided by the counts of the whole batch: but for dropout and
-rounding it makes no difference how it was dealt.
+data included, is a function of (seed, step); dropout also of the process. So a run that was stopped
+goes on as if it had not been (--resume), and all processes draw the same λ. A batch is dealt out
+among processes and accumulated parts, and losses are divided by the counts of the whole batch: but
+for dropout and rounding it makes no difference how it was dealt.
 
 Sources: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models",
 ICASSP 2023, section 3; Chang, Yang and Lee, "DistilHuBERT", ICASSP 2022, section 2. Several λ on
-one batch: the sandwich rule of Yu and Huang, "Universally slimmable networks", ICCV 2019.
+one batch: after the sandwich rule of Yu and Huang, "Universally slimmable networks", ICCV 2019.
 
     python pretrain.py --out runs/demo                 two CPU cores, the embedded corpus
     torchrun --nproc-per-node 8 pretrain.py --preset base --teacher hubert_base --data librispeech:…
@@ -89,7 +91,7 @@ from parts.teachers import fingerprint, initialise, load_teacher
 
 PERIODS_MS = (20, 25, 33, 50, 90, 180)  # of the final table: asked in ms, answered by λ
 MAX_GRADIENT_NORM = 5.0
-LEARNED = 0.95  # a loss above this part of a constant answer's has learned nothing worth the name
+LEARNED = 0.95  # a loss above this share of the constant answer's means that nothing was learned
 
 # Flags that may change when a run is resumed: they say where it runs, not what it computes.
 MAY_CHANGE = {"resume", "device", "workers", "save_every", "root", "out"}
@@ -185,7 +187,10 @@ def parse_arguments(argv=None):
 
 
 def distillation_loss(predicted, target):
-    """DistilHuBERT's loss of each frame, |ĥ - h|₁ / D - log σ(cos(ĥ, h)): (B, S, D) -> (B, S)."""
+    """DistilHuBERT's loss of each frame, |ĥ - h|₁ / D_h - log σ(cos(ĥ, h)).
+
+    predicted, target (B, S, D_h) -> (B, S).
+    """
     distance = (predicted - target).abs().mean(2)
     return distance - logsigmoid(cosine_similarity(predicted, target, dim=2))
 
@@ -275,7 +280,7 @@ class Place:
 class Lesson:
     """What is taught: the teacher, speech to learn from and to check on, and segment ends."""
 
-    teacher: nn.Module | None  # None where its targets are kept and the student has its weights
+    teacher: nn.Module | None  # whose weights the student starts from; None after that
     targets: nn.Module | KeptTargets  # the teacher, or what is kept of it: for targets_of
     train: Speech
     held_out: Speech
@@ -305,7 +310,7 @@ def main():
     )
     encoder = OFAEncoder(config)
     copied = initialise(encoder, lesson.teacher)
-    lesson.teacher = None  # where its targets are kept, its memory is freed
+    lesson.teacher = None  # where its targets are kept, this frees its memory
     model = Distiller(encoder, lesson.targets.dims).to(place.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     first_step = resume(checkpoint, model, optimizer, args) if checkpoint.exists() else 0
@@ -336,7 +341,8 @@ def start_processes(args) -> Place:
     use_bf16(args, device)  # refuses what the device can't do, before any work
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:  # hours, since the others wait while rank 0 downloads and finds boundaries
+    if world > 1:
+        # Hours, since the other processes wait while rank 0 downloads and finds boundaries.
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))
     return Place(device, rank, world)
@@ -411,7 +417,7 @@ def train_loop(args, place, lesson, state, checkpoint):
     started = time.time()
     seconds_of_audio = 0.0
     for step, batch in enumerate(bar, first_step):
-        # λ and dropout depend on the step alone, so that a resumed run draws the same.
+        # λ depends on the step alone, dropout on the process too: a resumed run draws the same.
         lams = draw_lams(args, step, mean_pseudo_alpha)
         torch.manual_seed(hash((args.seed, step, place.rank)))
 
@@ -419,7 +425,7 @@ def train_loop(args, place, lesson, state, checkpoint):
         for part in range(args.accumulate):
             used, waveforms, lengths = next(arriving)
             waveforms, lengths = waveforms.to(device), lengths.to(device)
-            # What stands for no utterance at all, a frame of silence, is a segment.
+            # For no utterance at all the loader gives a frame of silence, which is a segment.
             pseudo, number = boundaries.pseudo_alpha([ends[i] for i in used] or [np.array([1])])
             targets = targets_of(lesson.targets, train, used, waveforms, lengths)
             if place.world > 1:  # gradients are exchanged once, after the last part
@@ -454,7 +460,7 @@ def train_loop(args, place, lesson, state, checkpoint):
         bar.set_postfix_str(f"loss {total * place.world:.3f}, λ {shown}, {speed:.0f} s/s")
         done = step + 1
         if place.rank == 0 and (done % args.save_every == 0 or done == args.steps):
-            bar.write(f"step {done}, held-out {check_held_out(args, place, model, lesson)}")
+            bar.write(f"step {done}, validation {check_held_out(args, place, model, lesson)}")
             content = {
                 **model.encoder.checkpoint(),
                 "heads": model.heads.state_dict(),
@@ -479,10 +485,12 @@ def step_loss(args, results, pseudo, number, batch, ends):
     if args.compression == "cif":
         encoded = results[0][0]  # α does not depend on λ: any of the results will do
         if args.alpha == "segments":
-            ends = (number > 0).float()
+            at_end = (number > 0).float()
             in_utterance = (pseudo > 0).float()
-            unlikely = binary_cross_entropy(encoded.predicted, ends, in_utterance, reduction="sum")
-            return loss + unlikely / n_frames
+            surprise = binary_cross_entropy(
+                encoded.predicted, at_end, in_utterance, reduction="sum"
+            )
+            return loss + surprise / n_frames
         frame_loss, segment_loss = guidance(encoded.alpha, pseudo, number)
         loss = loss + 0.5 * frame_loss / n_frames + 0.05 * segment_loss / n_segments
         if args.quantity:
@@ -625,7 +633,7 @@ def count_work(encoder, speech: Speech, rows, device):
 
 
 def check_held_out(args, place, model, lesson) -> str:
-    """Measure α and the loss on held-out speech in the middle of a run, and say so in a line."""
+    """Measure α and the loss on validation speech in the middle of a run, and say so in a line."""
     lams = (0.0, 0.5, 1.0) if args.lam is None else (args.lam,)
     if args.alpha == "segments":
         threshold = end_threshold(model.encoder, lesson.held_out, args.segment_ms, place.device)
@@ -690,7 +698,7 @@ def report(args, place, model, teacher, test) -> str:
 
 def print_table(rows, mean_alpha, layers, constant):
     """layers: the name of each distilled layer; constant: what one constant answer gets there."""
-    print(f"held-out speech, mean α = {mean_alpha:.4f}")
+    print(f"test speech, mean α = {mean_alpha:.4f}")
     columns = ["λ", "ms / token", "closed form", "tokens / s"]
     for layer in layers:
         columns += [f"loss {layer}", "constant"]

@@ -158,7 +158,7 @@ def main():
     )
     add = parser.add_argument
     add("checkpoint", nargs="?", default="checkpoints/ofa-tiny.pt", help="encoder of pretrain.py")
-    add("out", nargs="?", default="results/firing/ofa.json", help="file for the table")
+    add("out", nargs="?", default="runs/firing.json", help="file for the table")
     args = parser.parse_args()
     encoder = OFAEncoder.from_checkpoint(args.checkpoint)
     speech = load("asterisk").part("test")

@@ -157,22 +157,24 @@ def search_table(folder) -> str:
     rows = []
     for task, name in TASKS.items():
         heads = load_heads(folder, "any", task, "any")
+        bests = [gain(task, head.test, 0).max() for head in heads]
+        best, _ = mean_and_sd(bests, [head.encoder for head in heads])
         for (of_task, price), points in sorted(found.items()):
             if of_task != task:
                 continue
             summary = Summary(points)
-            best = [gain(task, head.test, 0).max() for head in heads]
-            lams = [point["lam"] for point in points]
-            periods = [point["frame_period_ms"] for point in points]
+            encoders = [point["config"]["checkpoint_sha1"] for point in points]
+            lams = mean_and_sd([point["lam"] for point in points], encoders)
+            periods = mean_and_sd([point["frame_period_ms"] for point in points], encoders)
             rows.append(
                 [
                     name,
                     f"{price:g}",
                     len(points),
-                    plus_minus(np.mean(lams), standard_deviation(lams), 2),
-                    plus_minus(np.mean(periods), standard_deviation(periods), 0),
+                    plus_minus(*lams, 2),
+                    plus_minus(*periods, 0),
                     summary,
-                    f"{abs(np.mean(best)):.1f}",
+                    f"{abs(best):.1f}",
                     f"{summary.minutes + min(p['test_s'] for p in points) / 60:.1f}",
                 ]
             )
@@ -231,10 +233,12 @@ def grid_of_learned(points, task) -> dict:
     return {}
 
 
-def read_rows(path, script) -> list[dict]:
-    """The rows of a table that a script has written. Raises ValueError if it holds none."""
+def read_measured(path, script) -> dict:
+    """What a script has written: "rows", and more. Raises ValueError if it holds no rows."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["rows"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["rows"]
+        return content
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
             f"{path} is no table of {script}, or it is damaged: make it anew with `make results` "
@@ -248,11 +252,13 @@ def pretraining_table(folder) -> str:
     for model, name in {**ENCODERS, **KS, **PEERS}.items():
         for path in [*folder.glob(f"{model}.json"), *sorted(folder.glob(f"{model}-seed*.json"))]:
             seed = path.stem.partition("-seed")[2] or "0"
-            for row in read_rows(path, "pretrain.py"):
-                line = [name, seed, f"{row['lam']:.2f}", f"{row['period_ms']:.1f}"]
+            measured = read_measured(path, "pretrain.py")
+            steps = measured["args"]["steps"]
+            for row in measured["rows"]:
+                line = [name, seed, steps, f"{row['lam']:.2f}", f"{row['period_ms']:.1f}"]
                 line += [f"{row['closed_form_ms']:.1f}", f"{np.mean(row['distillation']):.3f}"]
                 cells.append(line)
-    header = ["model", "seed", "λ", "ms / token", "closed form", "distillation loss"]
+    header = ["model", "seed", "steps", "λ", "ms / token", "closed form", "distillation loss"]
     return table(header, cells)
 
 
@@ -316,7 +322,7 @@ def page(points, folder) -> str:
         ]
         for path in sorted((folder / "firing").glob("*.json")):
             name = ENCODERS.get(path.stem, path.stem)
-            text += [f"### {name}", firing_table(read_rows(path, "firing.py"))]
+            text += [f"### {name}", firing_table(read_measured(path, "firing.py")["rows"])]
     return "\n\n".join(text)
 
 

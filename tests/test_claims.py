@@ -232,9 +232,31 @@ def test_lam_is_found_if_heads_agree_and_it_is_good_and_cheap(tmp_path):
     assert numbers["behind_best"] == pytest.approx(0.5)
     assert numbers["time_of_grid"] == pytest.approx(6 / 8)  # a second of training, five of tests
     assert entry["verdict"] == "yes"
-    assert entry["shown"] == "mAP 21 ± 1 ms, 0.5 behind the best, 0.8 × the time"
+    assert entry["shown"] == "mAP 21 ± 1 ms, 0.5 behind the best, 0.8 × the grid's time"
     point(tmp_path, "any/pool-search-price0-seed3", seed=3, period=30.0, test=50.5, **found)
+    assert claims.lam_is_found(tmp_path)["verdict"] == "no"
+    found["rows"] = [row(20.0, 29.0), row(90.0, 41.0)]
+    point(tmp_path, "any/ctc-any-seed0", task="ctc", **found)
+    point(tmp_path, "any/ctc-search-price0-seed0", task="ctc", test=29.5, **found)
+    point(tmp_path, "ofa/ctc-0", task="ctc", train_s=8.0)
     assert claims.lam_is_found(tmp_path)["verdict"] == "not everywhere"
+
+
+def test_encoders_count_alike_where_lam_is_found(tmp_path):
+    """Three heads on one encoder and one on another: the mean is over the two encoders."""
+    rows = [row(20.0, 51.0), row(90.0, 41.0)]
+    found = {"lam": "any", "rows": rows, "test_s": 5.0}
+    for encoder, seed, period in (("a", 0, 20.0), ("a", 1, 20.0), ("a", 2, 20.0), ("b", 0, 30.0)):
+        folder = "any" if encoder == "a" else "any-seed1"
+        point(tmp_path, f"{folder}/pool-any-seed{seed}", encoder=encoder, seed=seed, **found)
+        name = f"{folder}/pool-search-price0-seed{seed}"
+        test = 50.0 if encoder == "a" else 48.0
+        point(tmp_path, name, encoder=encoder, seed=seed, period=period, test=test, **found)
+    (numbers,) = claims.lam_is_found(tmp_path)["numbers"]
+    assert numbers["period_ms"] == 25
+    assert numbers["sd_ms"] == pytest.approx(50**0.5)
+    assert numbers["behind_best"] == pytest.approx(2)
+    assert numbers["encoders"] == 2
 
 
 @pytest.mark.parametrize("r_value, verdict", [(0.76, "yes"), (0.7, "no")])
