@@ -39,8 +39,9 @@ from torch.nn.utils.rnn import pad_sequence
 MAX_TOKENS_PER_FRAME = 100
 
 # A running total that falls short of a token end by less than this fraction of β counts as having
-# reached it: ten weights of 0.1 add up to 0.9999999999999999.
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+# reached it: ten weights of 0.1 add up to 0.9999999999999999, and what a sum lacks grows with its
+# length (1e-9 after three minutes of frames whose α are all 0.7).
+ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
 # 1. From frames to tokens, and back.
@@ -204,8 +205,11 @@ def expand(tokens, fired) -> Tensor:
     alpha = fired.alpha.gather(1, fired.frame)  # (B, P)
     share = fired.width / alpha.where(alpha > 0, 1)
 
-    # A dropped tail belongs to no token. Its share is 0, so any token will do in its place.
+    # A dropped tail belongs to no token. Its share is 0, so any token will do in its place, if only
+    # it is finite: what follows an utterance's tokens may be NaN, as Transformers leave it.
     token = fired.token.clamp(max=T - 1)
+    unused = torch.arange(T, device=tokens.device) >= fired.lengths[:, None]  # (B, T)
+    tokens = tokens.masked_fill(unused[:, :, None], 0)
 
     frames = torch.arange(S, device=tokens.device).expand(B, -1).contiguous()
     first_piece = torch.searchsorted(fired.frame, frames)  # (B, S)
@@ -240,7 +244,9 @@ def _sum_runs(x, index, weight, first):
 
 
 def widest_float(device) -> torch.dtype:
-    """float64, so that a running total stays exact over hours of frames. MPS has only float32."""
+    """float64, so that a running total stays exact over an hour of frames. MPS has only float32:
+    there the shares of `expand`, differences of totals over α, may be off by a few percent after a
+    minute."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -259,6 +265,10 @@ def _check_arguments(x, alpha, threshold, tail_threshold):
         )
     if not threshold > 0:
         raise ValueError(f"threshold is {threshold}, expected a number > 0")
+    _check_tail_threshold(tail_threshold)
+
+
+def _check_tail_threshold(tail_threshold):
     if tail_threshold is not None and not 0 <= tail_threshold <= 1:
         raise ValueError(
             f"tail_threshold is {tail_threshold}, expected 0 to 1, or None to drop every tail"

@@ -77,6 +77,7 @@ KERNELS = (10, 3, 3, 3, 3, 2, 2)
 STRIDES = (5, 2, 2, 2, 2, 2, 2)
 MIN_SAMPLES = 400
 FRAME_MS = 20
+LONGEST_MS = 10_000_000  # that can be asked for: a token in three hours; far beyond, λ would be 2
 
 CONSTANT_ALPHA = {"none": 1.0, "average2": 1 / 2, "average4": 1 / 4}
 COMPRESSIONS = ("cif", *CONSTANT_ALPHA)
@@ -99,8 +100,11 @@ def modify_alpha(alpha, lam):
 
 def check_lam(lam) -> float:
     """λ as a float. Raises ValueError unless it is one number, 0 ≤ λ < 2."""
-    lam = torch.as_tensor(lam, dtype=torch.float32).detach()  # as α′ will see it: 1.99999999 is 2
-    if lam.numel() != 1:
+    try:
+        lam = torch.as_tensor(lam, dtype=torch.float32).detach()  # as α′ sees it: 1.99999999 is 2
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"λ is {lam!r}, expected one number") from None
+    if lam.ndim > 1 or lam.numel() != 1:
         raise ValueError(f"λ has shape {tuple(lam.shape)}, expected one number")
     lam = lam.item()
     if not 0 <= lam < 2:
@@ -120,15 +124,15 @@ def period_from_lam(lam, mean_alpha) -> float:
 def lam_from_period(period_ms, mean_alpha) -> float:
     """The λ whose mean frame period is period_ms: the inverse of period_from_lam.
 
-    Raises ValueError for less than 20 ms, or an infinite period.
+    Raises ValueError for less than 20 ms, or more than LONGEST_MS.
     """
-    if not FRAME_MS <= period_ms < math.inf:
+    if not FRAME_MS <= period_ms <= LONGEST_MS:
         raise ValueError(
             f"a frame period of {period_ms} ms can't be had: it is {FRAME_MS} ms at λ = 0 and "
-            "grows with λ"
+            f"grows with λ, up to {LONGEST_MS} ms"
         )
     tokens_per_frame = FRAME_MS / period_ms
-    if tokens_per_frame >= mean_alpha:  # λ is at most 1
+    if tokens_per_frame > mean_alpha:  # λ is less than 1
         return (1 - tokens_per_frame) / (1 - mean_alpha)
     return 2 - tokens_per_frame / mean_alpha
 
@@ -470,7 +474,7 @@ class OFAEncoder(nn.Module):
                 f"waveforms of {lengths.tolist()} samples (padded to {N}), "
                 f"expected {MIN_SAMPLES} (25 ms at 16 kHz) to {N}"
             )
-        lengths = lengths.to(waveforms.device)
+        lengths = lengths.to(waveforms.device, torch.int64)
         padding = torch.arange(N, device=waveforms.device) >= lengths[:, None]
         if not (waveforms.isfinite() | padding).all():
             raise ValueError("waveforms holds NaN or infinite samples")
@@ -479,7 +483,7 @@ class OFAEncoder(nn.Module):
     def lam_for(self, period_ms) -> float:
         """The λ for a mean frame period in ms, by the mean α that pre-training measured.
 
-        Raises ValueError for less than 20 ms, and from a fixed-rate peer.
+        Raises ValueError as `lam_from_period` does, and from a fixed-rate peer.
         """
         if self.config.compression != "cif":
             raise ValueError(

@@ -191,7 +191,7 @@ def to_onnx(module, example, shapes, inputs, outputs):
             dynamic_shapes=shapes,
             input_names=inputs,
             output_names=outputs,
-            optimize=False,  # the optimizer takes an addend of 1e-9, such as ROUNDING, for nothing
+            optimize=False,  # the optimizer takes a small addend, such as ROUNDING, for nothing
             verbose=False,
             dynamo=True,
         )

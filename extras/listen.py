@@ -88,7 +88,7 @@ def recordings(paths) -> list[Clip]:
     for path, clip in zip(paths, clips):
         seconds = len(clip.waveform) / SAMPLE_RATE
         if seconds > MAX_SECONDS:
-            raise ValueError(f"{path}: {seconds:.0f} s, expected at most {MAX_SECONDS}: cut it")
+            raise ValueError(f"{path}: {seconds:.2f} s, expected at most {MAX_SECONDS}: cut it")
     return clips
 
 

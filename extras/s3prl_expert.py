@@ -31,6 +31,7 @@ fetch SUPERB's corpora, or install what s3prl's recipes import beyond s3prl itse
 
 import sys
 import types
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -123,13 +124,15 @@ def read_config(model_config) -> dict:
         return {}
     config = model_config
     if not isinstance(config, dict):
-        is_file = Path(model_config).is_file()
+        text = str(model_config)
         try:
-            config = yaml.safe_load(Path(model_config).read_text() if is_file else model_config)
-        except yaml.YAMLError:
+            with suppress(OSError):  # it is no file, but YAML
+                text = Path(text).read_text(encoding="utf-8")
+            config = yaml.safe_load(text)
+        except (yaml.YAMLError, UnicodeDecodeError):
             config = None
     numbers = isinstance(config, dict) and all(
-        isinstance(value, (int, float)) for value in config.values()
+        isinstance(value, (int, float)) and not isinstance(value, bool) for value in config.values()
     )
     if not numbers or set(config) - {"lam", "ms"}:
         raise ValueError(

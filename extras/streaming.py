@@ -27,13 +27,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cif import ROUNDING, cif, widest_float
+from cif import ROUNDING, _check_tail_threshold, _integers, cif, widest_float
 
 
 class State(NamedTuple):
     """What has come in and not gone out. Tensors only: `torch.save(state._asdict(), path)`."""
 
-    value: Tensor  # (B, C) mean of the frames in the unfilled token, weighted by their widths
+    # (B, C) mean of the frames in the unfilled token, weighted by their widths; float32 at least.
+    value: Tensor
     mass: Tensor  # (B,) what it has of β: from 0 to below β
     frames: Tensor  # (B,) int64, frames that have come in
 
@@ -41,8 +42,10 @@ class State(NamedTuple):
 def start(x) -> State:
     """The state before the first chunk, for a batch like x (B, S, C)."""
     B, _, C = x.shape
+    # Of half precision, each chunk would round away a little of the sum.
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return State(
-        value=x.new_zeros(B, C),
+        value=torch.zeros(B, C, dtype=wide, device=x.device),
         mass=torch.zeros(B, dtype=widest_float(x.device), device=x.device),
         frames=torch.zeros(B, dtype=torch.int64, device=x.device),
     )
@@ -70,11 +73,14 @@ def step(x, alpha, state: State, lengths=None, *, threshold=1.0):
     if lengths is None:
         lengths = torch.full((B,), S, device=x.device)
     else:
-        lengths = torch.as_tensor(lengths, device=x.device)
+        lengths = _integers("lengths", lengths, B, f"0 to {S}").to(x.device)
+        if ((lengths < 0) | (lengths > S)).any():
+            raise ValueError(f"lengths is {lengths.tolist()}, expected 0 to {S} frames")
 
     # What is pending goes in front as one more frame. With tail_threshold 0 `cif` gives out what is
     # pending after this chunk too: as a tail, scaled up to β.
-    x = torch.cat([state.value[:, None].to(x), x], 1)  # (B, 1 + S, C)
+    dtype = x.dtype
+    x = torch.cat([state.value[:, None], x.to(state.value)], 1)  # (B, 1 + S, C)
     alpha = torch.cat([state.mass[:, None], alpha.to(state.mass)], 1)  # (B, 1 + S)
     fired = cif(x, alpha, lengths + 1, threshold=threshold, tail_threshold=0.0)
 
@@ -93,14 +99,15 @@ def step(x, alpha, state: State, lengths=None, *, threshold=1.0):
     n_tokens = fired.lengths - is_tail.long()
     T = int(n_tokens.max())
     valid = torch.arange(T, device=x.device) < n_tokens[:, None]  # (B, T)
-    tokens = fired.tokens[:, :T] * valid[:, :, None]
+    tokens = (fired.tokens[:, :T] * valid[:, :, None]).to(dtype)
     times = (fired.fire_times[:, :T] - 1 + state.frames[:, None]) * valid
     return tokens, n_tokens, times, State(value, mass, state.frames + lengths)
 
 
 def finish(state: State, *, threshold=1.0, tail_threshold=0.5):
-    """The tail, at the end of the stream: a token (B, C), zero where none fires, and whether one
-    fires (B,). threshold and tail_threshold as in `cif`."""
+    """The tail, at the end of the stream: a token (B, C) in the state's type, zero if none fires,
+    and whether one fires (B,). threshold, tail_threshold and errors as of `cif`."""
+    _check_tail_threshold(tail_threshold)
     if tail_threshold is None:
         fires = torch.zeros_like(state.mass, dtype=torch.bool)
     else:

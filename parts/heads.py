@@ -62,7 +62,8 @@ def tell(hidden, durations) -> Tensor:
 
     durations (B, T): of the tokens, in frames, as Encoded.durations returns them.
     """
-    told = durations.clamp(min=0.1).log()[:, None, :, None]  # (B, 1, T, 1)
+    told = durations.clamp(min=0.1).log() * (durations > 0)  # (B, T), 0 in the padding too
+    told = told[:, None, :, None]  # (B, 1, T, 1)
     return torch.cat([hidden, told.expand(-1, hidden.shape[1], -1, -1).to(hidden)], 3)
 
 

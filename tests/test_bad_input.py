@@ -777,6 +777,10 @@ ROWS = [
     ("19 ms", lambda: lam_from_period(19, 0.22), "a frame period of 19 ms"),
     ("nan ms", lambda: lam_from_period(float("nan"), 0.22), "a frame period of nan ms"),
     ("endless ms", lambda: lam_from_period(float("inf"), 0.22), "a frame period of inf ms"),
+    ("a token in a month", lambda: lam_from_period(3e9, 0.22), "grows with λ, up to 10000000 ms"),
+    ("λ is a text", lambda: encoder(sound, None, "0.5"), "λ is '0.5', expected one number"),
+    ("no λ", lambda: encoder(sound, None, None), "λ is None, expected one number"),
+    ("λ in a box", lambda: encoder(sound, None, torch.full((1, 1, 1), 0.5)), "has shape (1, 1, 1)"),
     *(
         (
             f"{what} to load",

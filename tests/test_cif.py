@@ -63,12 +63,12 @@ def dense(x, alpha, threshold, tail_threshold, target):
     if target is not None:
         alpha = alpha * (target * threshold / alpha.sum())
     ends = alpha.cumsum()
-    full = int(np.floor(ends[-1] / threshold + 1e-9))
+    full = int(np.floor(ends[-1] / threshold + 1e-6))
     rest = ends[-1] - full * threshold
     tail_fires = (
         tail_threshold is not None
-        and rest >= (tail_threshold - 1e-9) * threshold
-        and rest > 1e-9 * threshold
+        and rest >= (tail_threshold - 1e-6) * threshold
+        and rest > 1e-6 * threshold
     )
     token_ends = threshold * np.arange(1, full + 1 + tail_fires)
     begins = np.maximum((ends - alpha)[:, None], token_ends - threshold)
@@ -76,7 +76,7 @@ def dense(x, alpha, threshold, tail_threshold, target):
     tokens = width.T @ x
     times = []
     for end in token_ends[:full]:
-        s = int(np.argmax(ends >= end - 1e-9 * threshold))
+        s = int(np.argmax(ends >= end - 1e-6 * threshold))
         times.append(s + 1 - (ends[s] - end) / alpha[s])
     if tail_fires:
         tokens[-1] *= threshold / rest
@@ -149,7 +149,7 @@ def test_mass_is_kept(case):
     per_frame = torch.zeros_like(fired.alpha).scatter_add_(1, fired.frame, fired.width)
     for b in range(len(x)):
         total = fired.alpha[b].sum().item()
-        full = int(total / threshold + 1e-9)
+        full = int(total / threshold + 1e-6)
         assert per_token[b, :full].tolist() == pytest.approx([threshold] * full, abs=1e-8)
         if fired.lengths[b] > full:
             rest = total - full * threshold
@@ -202,6 +202,26 @@ def test_rounding_neither_delays_nor_adds_a_token(function):
     fired = function(x, tenths, tail_threshold=0.0)
     assert fired.lengths.tolist() == [3]
     assert fired.fire_times.tolist() == [[pytest.approx(n, abs=1e-5) for n in (10, 20, 30)]]
+
+
+@pytest.mark.parametrize("function", [cif, cif_loop])
+def test_a_long_sum_neither_delays_nor_adds_a_token(function):
+    """What a sum of minutes lacks is more than what one of ten frames does."""
+
+    def counted(frames, weight, dtype=torch.float64, **keywords):
+        alpha = torch.full((1, frames), weight, dtype=dtype)
+        return function(torch.ones(1, frames, 1), alpha, **keywords).lengths.tolist()
+
+    assert counted(13_530, 0.3, tail_threshold=0.0) == [4059]
+    target = {"target_lengths": [6265]}
+    assert counted(8_950, 0.7, torch.float32, tail_threshold=None, **target) == [6265]
+    assert counted(9_000, 0.85, torch.float32, tail_threshold=0.0, target_lengths=[7650]) == [7650]
+
+    # The last of 6,265 tokens fires before silence begins, not after it.
+    alpha = torch.full((1, 9_050), 0.7, dtype=torch.float64)
+    alpha[0, 8_950:9_049] = 0
+    times = function(torch.ones(1, 9_050, 1), alpha).fire_times
+    assert times[0, 6_264].item() == pytest.approx(8_950, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +303,17 @@ def test_alpha_of_one_is_the_identity():
     assert torch.equal(expand(fired.tokens, fired)[0], x[0])
     assert fired.lengths.tolist() == [7, 3]
     assert fired.fire_times[1].tolist() == [1, 2, 3] + 4 * [0]
+
+
+def test_expand_reads_no_token_past_an_utterances_own():
+    """A Transformer leaves NaN where all of a row is masked."""
+    fired = cif(torch.randn(3, 8, 2), torch.tensor([[0.5], [0.3], [0.01]]).expand(3, 8))
+    assert fired.lengths.tolist() == [4, 2, 0]
+    expected = expand(fired.tokens, fired)
+    tokens = fired.tokens.clone()
+    for row, n in zip(tokens, fired.lengths):
+        row[n:] = torch.nan
+    assert torch.equal(expand(tokens, fired), expected)
 
 
 @pytest.mark.parametrize("function", [cif, cif_loop])

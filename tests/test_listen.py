@@ -300,12 +300,12 @@ def test_peer_of_one_rate_has_no_page(compression):
 
 def test_bad_input_is_named(tmp_path, monkeypatch):
     good = CHECKPOINTS["segments"]
-    soundfile.write(tmp_path / "long.wav", np.zeros(21 * SAMPLE_RATE), SAMPLE_RATE)
+    soundfile.write(tmp_path / "long.wav", np.zeros(int(20.3 * SAMPLE_RATE)), SAMPLE_RATE)
     (tmp_path / "text.wav").write_text("no sound")
     out = tmp_path / "page.html"
     with pytest.raises(ValueError, match="no checkpoint at nowhere.pt"):
         run(monkeypatch, "nowhere.pt", out)
-    with pytest.raises(ValueError, match="long.wav: 21 s, expected at most 20"):
+    with pytest.raises(ValueError, match="long.wav: 20.30 s, expected at most 20"):
         run(monkeypatch, good, out, tmp_path / "long.wav")
     with pytest.raises(ValueError, match="text.wav"):
         run(monkeypatch, good, out, tmp_path / "text.wav")

@@ -17,11 +17,13 @@ from ofa_encoder import (
     COMPRESSIONS,
     CONSTANT_ALPHA,
     FRAME_MS,
+    LONGEST_MS,
     MIN_SAMPLES,
     PRESETS,
     SAMPLE_RATE,
     Config,
     OFAEncoder,
+    check_lam,
     cnn_features,
     frames_of,
     lam_from_period,
@@ -124,6 +126,8 @@ def test_periods_by_hand():
     assert period_from_lam(1, 20 / 90) == pytest.approx(90)
     assert period_from_lam(1.5, 20 / 90) == pytest.approx(180)
     assert lam_from_period(50, 20 / 90) == pytest.approx((1 - 0.4) / (1 - 20 / 90))
+    assert lam_from_period(20, 1.0) == 1  # where every frame fires at any λ up to 1
+    assert check_lam(lam_from_period(LONGEST_MS, 0.01)) < 2
 
 
 # Segments.

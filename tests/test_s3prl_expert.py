@@ -158,6 +158,10 @@ def test_ways_to_say_lam(checkpoint, tmp_path):
     "config, words",
     [
         ("gone.yaml", "expected a YAML file"),
+        (Path("gone.yaml"), "expected a YAML file"),
+        ("gone" * 100, "expected a YAML file"),
+        (5, "expected a YAML file"),
+        ({"lam": True}, "expected a YAML file"),
         ("lam: half", "expected a YAML file"),
         ("rate: 2", "expected a YAML file"),
         ("lam: [", "expected a YAML file"),

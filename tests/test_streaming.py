@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,6 +112,37 @@ def test_chunks_by_hand():
     assert state.mass.tolist() == [0.0]
     tail, fires = streaming.finish(state)
     assert fires.tolist() == [False]
+
+
+def test_half_precision_loses_nothing_from_chunk_to_chunk():
+    x = (torch.randn(1, 400, 8) + 3).bfloat16()
+    alpha = torch.full((1, 400), 0.01)
+    state = streaming.start(x)
+    tokens = []
+    for s in range(400):
+        token, n_tokens, _, state = streaming.step(x[:, s : s + 1], alpha[:, s : s + 1], state)
+        assert token.dtype == torch.bfloat16
+        tokens += token[0, : n_tokens[0]].float()
+    exact = cif(x.float(), alpha).tokens[0]
+    assert len(tokens) in (3, 4)  # 400 weights of 0.01 are 4, by rounding or as a tail
+    torch.testing.assert_close(torch.stack(tokens), exact[: len(tokens)], rtol=0, atol=0.01)
+
+
+def test_bad_arguments_are_named_as_they_were_given():
+    x = torch.randn(1, 4, 2)
+    alpha = torch.rand(1, 4)
+    state = streaming.start(x)
+    for lengths, words in (
+        ([5], r"lengths is \[5\], expected 0 to 4 frames"),
+        ([-1], r"lengths is \[-1\], expected 0 to 4 frames"),
+        ([True], "lengths has shape .* expected 1 whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            streaming.step(x, alpha, state, lengths)
+    streaming.step(x, alpha, state, torch.tensor([4], dtype=torch.uint8))
+    for tail_threshold in (5, -1, float("nan")):
+        with pytest.raises(ValueError, match="tail_threshold is"):
+            streaming.finish(state, tail_threshold=tail_threshold)
 
 
 def test_gradients_cross_chunks():
