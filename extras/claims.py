@@ -364,7 +364,7 @@ def claims_table(claims) -> str:
             continue
         encoders = " or ".join(str(count) for count in entry["encoders"])
         rows.append([entry["claim"], entry["verdict"], encoders, entry["shown"]])
-    return table(["claim", "here", "encoders", "at worst"], rows)
+    return table(["claim", "holds here?", "encoders", "at worst"], rows)
 
 
 def numbers_table(entry) -> str:
