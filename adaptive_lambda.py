@@ -212,7 +212,7 @@ class LearnedLam(TrainableSource):
         self.guess = guess_of(task)
         self.needed = None
         if task.kind == "ctc":
-            needed = [max(1, emissions(text) / args.symbols_per_token) for text in task.targets]
+            needed = [emissions(text) / args.symbols_per_token for text in task.targets]
             self.needed = torch.tensor(needed, device=frames.device)
         self.frames_seen = 0  # in the training batches of this epoch
         self.tokens_seen = 0

@@ -269,6 +269,7 @@ def _check_arguments(x, alpha, threshold, tail_threshold):
 
 
 def _check_tail_threshold(tail_threshold):
+    """Raise ValueError unless it is None, or a number from 0 to 1."""
     if tail_threshold is not None and not 0 <= tail_threshold <= 1:
         raise ValueError(
             f"tail_threshold is {tail_threshold}, expected 0 to 1, or None to drop every tail"

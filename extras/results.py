@@ -237,7 +237,7 @@ def read_measured(path, script) -> dict:
     """What a script has written: "rows", and more. Raises ValueError if it holds no rows."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["rows"]
+        content["rows"]  # a KeyError, if there are none
         return content
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(

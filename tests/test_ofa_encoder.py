@@ -439,3 +439,9 @@ def test_imports_cif_alone():
             modules.update(alias.name.split(".")[0] for alias in node.names)
     ours = {path.stem for path in source.parent.iterdir()}
     assert modules & ours == {"cif"}
+
+
+def test_lengths_of_any_whole_type():
+    encoder = OFAEncoder(SMALL).eval()
+    out = encoder(torch.randn(2, 3000), torch.tensor([2000, 3000], dtype=torch.int32), 0.5)
+    assert out.frames.dtype == out.lengths.dtype == torch.int64
