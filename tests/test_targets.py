@@ -550,9 +550,15 @@ def test_one_of_two_processes_writes_and_both_read(run, folder, tmp_path):
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ([], '--teacher "mfcc" --out "runs/demo" --resume'),
-        (["TEACHER=hubert_base"], '--teacher "hubert_base" --out "runs/demo-hubert_base" --resume'),
-        (["TEACHER=my own/x.pt"], '--teacher "my own/x.pt" --out "runs/demo-my own-x.pt" --resume'),
+        ([], '--teacher "mfcc" --steps 1200 --out "runs/demo" --resume'),
+        (
+            ["TEACHER=hubert_base"],
+            '--teacher "hubert_base" --steps 500 --out "runs/demo-hubert_base" --resume',
+        ),
+        (
+            ["TEACHER=my own/x.pt", "STEPS=900"],
+            '--teacher "my own/x.pt" --steps 900 --out "runs/demo-my own-x.pt" --resume',
+        ),
     ],
 )
 def test_each_teacher_of_make_demo_has_a_folder(flags, expected):
