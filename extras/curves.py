@@ -167,7 +167,7 @@ def draw_learned(axis, points, task, x):
             "*",
             markersize=11,
             color=COLOURS["learned"],
-            label="λ learned (one λ a step), each run",
+            label="λ learned, each run",
             zorder=5,
         )
 
@@ -208,7 +208,8 @@ def lambda_figure(points, path):
         )
         for task, (above, below) in zip(tasks, axes.T):
             draw_search(above, below, points, task)
-        add_legend(figure, axes, ncols=4)
+        # As wide as the panels are.
+        add_legend(figure, axes, ncols=1 if len(tasks) == 1 else 4)
         figure.savefig(path)
         plt.close(figure)
 
@@ -228,12 +229,16 @@ def draw_search(above, below, points, task):
             label = f"from λ = {setting.lam:g}, by {slope}"
             above.plot(epochs, lams, style, color=colour, label=label)
             above.plot(epochs[-1], point["lam"], "*", markersize=12, color=colour)
-            below.plot(epochs[1:], [epoch["valid"] for epoch in search], style, color=colour)
+            # Not every epoch ends with validation.
+            measured = [k for k, epoch in enumerate(search, 1) if "valid" in epoch]
+            valid = [search[k - 1]["valid"] for k in measured]
+            below.plot(measured, valid, style, marker=".", color=colour)
     above.plot([], [], "*", markersize=12, color="black", label="the λ that was learned")
     above.set(title=TASKS[task], ylabel="λ", ylim=(0, None))
     # A head that repeats itself has a WER of several hundred: such lines leave the figure.
     below.set(title=better_is(task), ylabel=f"validation {METRIC_OF[task]} (%)", ylim=(0, 105))
-    highest = max(epoch["valid"] for s in settings for p in points[s] for epoch in p["search"])
+    searches = [point["search"] for setting in settings for point in points[setting]]
+    highest = max(epoch.get("valid", 0) for search in searches for epoch in search)
     below.set(xlabel="epochs" if highest <= 105 else "epochs (values over 105 % are cut off)")
 
 

@@ -32,7 +32,7 @@ def write_point(folder, model, test, period, **config):
         "infeasible_test": 5,
         "test_utterances": 50,
         "lam": 0.7,
-        "search": [{"lam": 0.6, "valid": 9.0}, {"lam": 0.7, "valid": test}],
+        "search": [{"lam": 0.6, "valid": 9.0}, {"lam": 0.65}, {"lam": 0.7, "valid": test}],
         "machine": "m",
         "date": "2026-01-01",
     }
