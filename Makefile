@@ -1,6 +1,6 @@
 # make demo       pre-train a once-for-all encoder on two CPU cores: table, figure, checkpoint;
 #                 TEACHER=hubert_base, or what else pretrain.py --teacher takes, for another teacher;
-#                 STEPS=1200 for as many steps as with MFCCs, where other teachers have 500
+#                 STEPS=1200 for as many steps as with MFCCs, where other teachers have 400
 # make test       lint, and all tests, notebooks included, in two processes
 # make data       fetch the embedded corpus alone (once, 50 MB): what the notebooks need
 # make lint       formatter and linter
@@ -19,7 +19,7 @@
 PYTHON ?= python3
 TEACHER = mfcc
 # Asking HuBERT Base takes as long as 900 steps, and all should take a quarter of an hour.
-STEPS = $(if $(filter mfcc,$(TEACHER)),1200,500)
+STEPS = $(if $(filter mfcc,$(TEACHER)),1200,400)
 TASKS = pool ctc seq2seq
 RESULTS = runs/results
 

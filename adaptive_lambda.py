@@ -174,7 +174,7 @@ def search(args, encoder, task, config):
             one_price = argparse.Namespace(**{**vars(args), "price": [price]})
             point["command"] = command("adaptive_lambda.py", own_parser, one_price, "any", seed)
             stem = f"{args.task}-search-price{price:g}-seed{seed}"
-            save_point(path.with_name(f"{stem}.json"), point)
+            save_point(path.with_name(f"{stem}.json"), point, args.device)
             print(
                 f"price {price:g}, seed {seed}: λ = {row['lam']:.3f} "
                 f"({row['frame_period_ms']:.1f} ms), test {task.metric} {row['test']:.1f} %"
@@ -358,7 +358,7 @@ def main():
                 **cost_of(states, frames),
                 "train_s": time.time() - began,
             }
-            save_point(path, point)
+            save_point(path, point, args.device)
             print(
                 f"λ = {start:g} -> {lam:.3f} ({states.period_ms:.1f} ms), seed {seed}: "
                 f"test {task.metric} {point['test']:.1f} % after {point['epochs']} epochs, "

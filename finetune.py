@@ -609,7 +609,7 @@ def points_of_each_lam(parser, args, encoder, task, config):
                 **cost_of(states, frames),
                 "train_s": time.time() - started,
             }
-            save_point(path, point)
+            save_point(path, point, args.device)
             too_short = ""
             if task.kind == "ctc":
                 count = f"{point['infeasible_test']} of {point['test_utterances']}"
@@ -663,7 +663,7 @@ def points_of_any_lam(parser, args, encoder, task, config):
             "train_s": train_s,
             "test_s": test_s,
         }
-        save_point(path, point)
+        save_point(path, point, args.device)
         shown = [min(rows, key=lambda row: abs(row["frame_period_ms"] - ms)) for ms in (20, 50, 90)]
         scores = [f"{row['test']:.1f} % at {row['frame_period_ms']:.0f} ms" for row in shown]
         print(

@@ -48,7 +48,6 @@ import parts  # noqa: F401  before torch: it sets how the threads of torch wait
 import argparse
 import json
 import os
-import platform
 import resource
 import sys
 import time
@@ -85,7 +84,7 @@ from ofa_encoder import (
 from parts import boundaries
 from parts.data import Speech, batches, by_length, load, loader
 from parts.figures import utterance_figure
-from parts.runs import check_numbers, pick_device, save, use_bf16
+from parts.runs import check_numbers, machine, pick_device, save, use_bf16
 from parts.targets import MODES, KeptTargets, cache_path, targets_of
 from parts.teachers import fingerprint, initialise, load_teacher
 
@@ -660,14 +659,16 @@ def report(args, place, model, teacher, test) -> str:
         memory_gb /= 1000
     print_table(rows, mean_alpha, teacher.layers, constant)
     print(f"most memory held at once: {memory_gb:.2f} GB")
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    if place.device.type == "cuda":
+        gpu_gb = torch.cuda.max_memory_allocated() / 1e9
+        print(f"most memory held at once on the GPU: {gpu_gb:.2f} GB")
     table = {
         "rows": rows,
         "constant": constant,
         "mean_alpha": mean_alpha,
         "memory_gb": memory_gb,
         "args": vars(args),
-        "machine": f"{machine}, {place.device}, torch {torch.__version__}",
+        "machine": machine(place.device),
         "date": time.strftime("%Y-%m-%d"),
     }
     (out / "table.json").write_text(json.dumps(table, indent=1))

@@ -34,7 +34,6 @@ import contextlib
 import io
 import json
 import os
-import platform
 import random
 import re
 import shlex
@@ -65,7 +64,7 @@ from extras.firing import table
 from ofa_encoder import PRESETS, SAMPLE_RATE, OFAEncoder, modify_alpha
 from parts import boundaries
 from parts.data import batches
-from parts.runs import pick_device, use_bf16
+from parts.runs import machine, pick_device, use_bf16
 from parts.teachers import Wav2Vec2Teacher
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports each of its starts
@@ -734,12 +733,8 @@ def main():
             f"more, and some of {', '.join(SECTIONS)}"
         )
     device = pick_device(args.device)
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-    threads = f"{torch.get_num_threads()} threads"
     result = {
-        "machine": f"{name}, {threads}, {device}, torch {torch.__version__}",
+        "machine": machine(device),
         "date": time.strftime("%Y-%m-%d"),
         "repeats": args.repeats,
     }

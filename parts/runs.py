@@ -81,7 +81,7 @@ def save(content, path):
         file.write(buffer.getbuffer())
 
 
-# 2. Flags.
+# 2. Flags, and the machine.
 
 
 def check_numbers(args, *names, zero=False):
@@ -126,6 +126,23 @@ def use_bf16(args, device) -> bool:
     if args.precision == "bf16" and device.type != "cuda":
         raise ValueError(f"--precision bf16 is for CUDA, and this is {device.type}: leave it out")
     return args.precision != "fp32" and device.type == "cuda"
+
+
+def machine(device) -> str:
+    """What computes here, for a figure to name: processor or GPU, threads, device, torch."""
+    name = platform.processor() or platform.machine()
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists():  # on Linux, platform knows the architecture alone
+        said = {}
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            said[key.strip()] = value.strip()
+        if "model name" in said:
+            name = f"{said['model name']}, family {said['cpu family']}, model {said['model']}"
+    threads = torch.get_num_threads()
+    some = f"{threads} thread{'s' * (threads > 1)}"
+    return f"{name}, {some}, {device}, torch {torch.__version__}"
 
 
 # 3. Points: which of them exist already, what one says, and how it is written and read.
@@ -193,7 +210,7 @@ def read_point(path) -> dict:
     return point
 
 
-def save_point(path, point):
+def save_point(path, point, device):
     """Write the point, with the commit, machine and date that made it. Raises OSError."""
     commit = ""
     with suppress(OSError):  # git may not be there
@@ -204,12 +221,10 @@ def save_point(path, point):
             cwd=Path(__file__).parent,
         )
         commit = git.stdout.strip()
-    processor = platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
     point = {
         **point,
         "commit": commit,
-        "machine": f"{processor}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}",
+        "machine": machine(device),
         "date": time.strftime("%Y-%m-%d"),
     }
     with atomic_write(path) as file:

@@ -44,7 +44,7 @@ def run(tiny, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *fixed, *flags])
         benchmark.main()
         content = json.loads((tmp_path / "out/numbers.json").read_text(encoding="utf-8"))
-        assert "1 threads, cpu" in content["machine"]
+        assert "1 thread, cpu" in content["machine"]
         assert all(math.isfinite(number) for number in numbers(content))
         return content, capsys.readouterr().out
 

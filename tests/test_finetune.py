@@ -410,10 +410,10 @@ def test_what_cannot_be_written_leaves_the_points(run, unwritable, monkeypatch, 
     save_point = finetune.save_point
     saved = []
 
-    def full_at_the_second(path, point):
+    def full_at_the_second(path, point, device):
         saved.append(path)
         with unwritable(path.parent) if len(saved) == 2 else nullcontext():
-            save_point(path, point)
+            save_point(path, point, device)
 
     flags = ("--task", "pool", "--seeds", "2", "--epochs", "1", "--features", "deaf")
     said = r"seed1.json could not be written \(.*(too large|denied)"

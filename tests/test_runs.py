@@ -87,9 +87,10 @@ def test_a_score_no_better_than_guessing_is_named(metric, test, guess, warned):
 
 def test_a_point_is_saved_where_git_is_not(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    save_point(tmp_path / "point.json", {"test": 1.0})
+    save_point(tmp_path / "point.json", {"test": 1.0}, "cpu")
     point = json.loads((tmp_path / "point.json").read_text())
     assert point["test"] == 1.0 and point["commit"] == ""
+    assert f"thread, cpu, torch {torch.__version__}" in point["machine"]
 
 
 def test_a_command_has_the_flags_that_are_not_at_their_defaults():
