@@ -390,7 +390,7 @@ def test_only_an_encoder_that_is_trained_runs_under_bf16(
 
     def noted(self, indices):
         if torch.is_grad_enabled():
-            seen.add(torch.is_autocast_enabled("cpu"))
+            seen.add(torch.is_autocast_enabled(self.device))
         return call(self, indices)
 
     monkeypatch.setattr(source, "__call__", noted)

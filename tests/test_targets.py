@@ -553,7 +553,7 @@ def test_one_of_two_processes_writes_and_both_read(run, folder, tmp_path):
         ([], '--teacher "mfcc" --steps 1200 --out "runs/demo" --resume'),
         (
             ["TEACHER=hubert_base"],
-            '--teacher "hubert_base" --steps 500 --out "runs/demo-hubert_base" --resume',
+            '--teacher "hubert_base" --steps 400 --out "runs/demo-hubert_base" --resume',
         ),
         (
             ["TEACHER=my own/x.pt", "STEPS=900"],
