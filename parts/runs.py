@@ -101,7 +101,8 @@ def check_numbers(args, *names, zero=False):
 def pick_device(name) -> torch.device:
     """The device of that name. "auto" is the best there is: CUDA, then MPS, then the CPU.
 
-    Of several GPUs a process of torchrun takes its own. Raises ValueError if there is none.
+    Of several GPUs a process of torchrun takes its own. Raises ValueError if there is none, or
+    there are fewer than processes.
     """
     present = {
         "cuda": torch.cuda.is_available(),
@@ -112,9 +113,15 @@ def pick_device(name) -> torch.device:
         name = next(kind for kind in present if present[kind])
     if not present[name]:
         raise ValueError(f"--device {name}: torch finds none here")
-    if name == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    own, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if own >= gpus:
+        raise ValueError(
+            f"there are more processes than GPUs: start torchrun with --nproc-per-node {gpus}, "
+            "or pretrain.py with --device cpu"
+        )
+    return torch.device("cuda", own)
 
 
 def use_bf16(args, device) -> bool:

@@ -17,6 +17,7 @@ from parts.runs import (
     atomic_write,
     command,
     differing,
+    pick_device,
     read_point,
     save,
     save_point,
@@ -112,6 +113,18 @@ def test_a_command_has_the_flags_that_are_not_at_their_defaults():
     assert again.lam == [0.5] and again.seed == 2 and again.seeds == 1
     assert again.data == "my words.tsv" and again.unfreeze and again.device == "auto"
     assert again.out == "runs/again"
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert pick_device("auto") == torch.device("cuda", int(rank))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="more processes than GPUs.*--nproc-per-node 2"):
+        pick_device("auto")
+    assert pick_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])

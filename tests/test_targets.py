@@ -417,9 +417,10 @@ def run(folder, file, tmp_path, monkeypatch):
     """run("--out", "a", …) pre-trains on forty real prompts for six quick steps."""
     monkeypatch.chdir(tmp_path)
     flags = f"--data {folder} --root root --teacher {file} --steps 6 --batch-seconds 8 --warmup 2"
+    flags += " --device cpu"
 
     def run(*more):
-        argv = ["pretrain.py", *flags.split(), "--device", "cpu", *more]
+        argv = ["pretrain.py", *flags.split(), *more]
         monkeypatch.setattr(sys, "argv", argv)
         try:
             pretrain.main()
