@@ -362,7 +362,8 @@ def claims_table(claims) -> str:
     for entry in claims:
         if not entry["numbers"]:
             continue
-        encoders = " or ".join(str(count) for count in entry["encoders"])
+        fewest, most = min(entry["encoders"]), max(entry["encoders"])
+        encoders = f"{fewest}" if fewest == most else f"{fewest} to {most}"
         rows.append([entry["claim"], entry["verdict"], encoders, entry["shown"]])
     return table(["claim", "holds here?", "encoders", "at worst"], rows)
 
