@@ -31,7 +31,6 @@ Interspeech 2021, but without a codebook.
 
 import hashlib
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +41,12 @@ from tqdm import tqdm
 
 from cif import widest_float
 from ofa_encoder import FRAME_MS, frames_of
-from parts.data import Speech, identity, loader
+from parts.data import Speech, identity, loader, pack
 from parts.runs import atomic_write
 from parts.targets import targets_of
 
 SEGMENT_MS = 90.0  # how long the mean segment lasts, if nothing else is asked for
-BATCH = 64  # utterances that are segmented together
+BATCH_SECONDS = 300  # of utterances that are segmented together, once padded
 LONGEST = 50  # frames in a segment: a second
 SAMPLE = 400  # utterances from which γ is found
 HALVINGS = 14  # of the interval in which γ lies, to 1/16,384 of it
@@ -71,13 +70,13 @@ def segment(speech: Speech, teacher, path: Path, period_ms=SEGMENT_MS, device="c
     gamma = _find_gamma(sample, period_ms)
 
     # Then all utterances are segmented.
-    arriving = _spreads(speech, teacher, order, device)
     ends_of = {}
-    for indices, spread, frames in tqdm(
-        arriving, desc="pseudo-boundaries", unit=" batches", total=math.ceil(len(order) / BATCH)
-    ):
+    bar = tqdm(desc="pseudo-boundaries", unit=" utterances", total=len(order))
+    for indices, spread, frames in _spreads(speech, teacher, order, device):
         for i, ends in zip(indices, cheapest_cuts(spread, frames, gamma)):
             ends_of[i] = ends
+        bar.update(len(indices))
+    bar.close()
 
     with atomic_write(path) as file:
         for i, u in enumerate(speech.utterances):
@@ -91,7 +90,8 @@ def segment(speech: Speech, teacher, path: Path, period_ms=SEGMENT_MS, device="c
 def _spreads(speech, teacher, order, device):
     """For each batch of the utterances in order: those that could be read, the spreads of their
     possible segments (B, S, LONGEST), and their numbers of frames (B,)."""
-    plan = [order[k : k + BATCH].tolist() for k in range(0, len(order), BATCH)]
+    samples = [u.samples for u in speech.utterances]
+    plan = pack(order, samples, BATCH_SECONDS)
     for indices, waveforms, lengths in loader(speech, plan):
         waveforms, lengths = waveforms.to(device), lengths.to(device)
         x = targets_of(teacher, speech, indices, waveforms, lengths)[-1]  # (B, S, D)

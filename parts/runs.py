@@ -101,8 +101,8 @@ def check_numbers(args, *names, zero=False):
 def pick_device(name) -> torch.device:
     """The device of that name. "auto" is the best there is: CUDA, then MPS, then the CPU.
 
-    Of several GPUs a process of torchrun takes its own. Raises ValueError if there is none, or
-    there are fewer than processes.
+    Under torchrun each process takes a GPU of its own. Raises ValueError if the machine has no such
+    device, or fewer GPUs than processes.
     """
     present = {
         "cuda": torch.cuda.is_available(),
