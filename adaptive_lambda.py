@@ -14,7 +14,8 @@ differences  λ is a parameter, learned with a head. Its slope at each step is m
 
                  slope = (loss(λ + δ) - loss(λ - δ)) / 2δ
 
-             The head is trained at λ jittered by up to δ, so that it is at home at both.
+             The head's own steps are taken at any λ, drawn anew for each. Were they taken near the
+             λ that is learned, the head would be best there, and hold it where it began.
 
 autograd     The paper's way: λ is a parameter, learned with a head, and its gradient passes through
              the frozen encoder:
@@ -214,8 +215,6 @@ class LearnedLam(TrainableSource):
         if task.kind == "ctc":
             needed = [emissions(text) / args.symbols_per_token for text in task.targets]
             self.needed = torch.tensor(needed, device=frames.device)
-        self.frames_seen = 0  # in the training batches of this epoch
-        self.tokens_seen = 0
 
     @property
     def lam(self):
@@ -227,8 +226,6 @@ class LearnedLam(TrainableSource):
         if self.training and self.rests():
             lam = lam.detach()
         out, self.cost = self.encode_at(indices, lam)
-        if self.training:
-            self.count(out)
         return torch.stack(out.hidden_states, 1), out.lengths
 
     def rests(self) -> bool:
@@ -248,16 +245,9 @@ class LearnedLam(TrainableSource):
             cost = cost + self.guess * (torch.relu(needed - mass) / needed).mean()
         return out, cost
 
-    def count(self, out):
-        self.frames_seen += out.frames.sum().item()
-        self.tokens_seen += out.lengths.sum().item()
-
     def watch(self) -> dict:
-        """λ at the end of the epoch, and the mean frame period in ms over its training batches."""
-        period = FRAME_MS * self.frames_seen / self.tokens_seen
-        self.frames_seen = 0
-        self.tokens_seen = 0
-        return {"lam": self.lam.item(), "period_ms": period}
+        """λ at the end of an epoch."""
+        return {"lam": self.lam.item()}
 
 
 class MeasuredLam(LearnedLam):
@@ -282,11 +272,9 @@ class MeasuredLam(LearnedLam):
             with torch.no_grad():
                 return super().forward(indices)
 
-        # The head's own step is taken near λ.
-        jitter = self.delta * (2 * torch.rand(()).item() - 1)
+        # The head's own step is taken anywhere.
         with torch.no_grad():
-            out, _ = self.encode_at(indices, (lam + jitter).clamp(0, LIMIT))
-        self.count(out)
+            out, _ = self.encode_at(indices, finetune.LAM_MAX * torch.rand(()).item())
 
         # slope · λ has the slope that was measured, and what is subtracted makes its value 0.
         self.cost = 0.0

@@ -108,17 +108,6 @@ def test_validation_does_not_count_as_a_step(encoder, frames):
     assert not learner.train()([0])[0].requires_grad
 
 
-def test_the_history_has_the_frame_period_of_an_epoch(encoder, frames):
-    learner = learned(0.6, frames)
-    for _ in range(2):  # each epoch is counted anew
-        used = {}
-        for n in (0, 1):
-            _, lengths = learner([n])
-            used[n] = (frames([n])[1].item(), lengths.item())
-        n_frames, n_tokens = (sum(column) for column in zip(*used.values()))
-        assert learner.watch()["period_ms"] == pytest.approx(20 * n_frames / n_tokens)
-
-
 def test_lam_alone_is_trained(encoder, frames):
     learner = learned(0.6, frames)
     assert [name for name, _ in learner.named_parameters()] == ["raw"]
@@ -182,6 +171,16 @@ def test_measured_slope_is_that_of_the_number_of_tokens(encoder, frames):
         assert learner.raw.grad.item() == pytest.approx(slope * dlam, rel=1e-3)
         assert learner.cost.item() == 0
         assert not states.requires_grad
+
+
+def test_beside_a_measured_slope_the_head_learns_at_any_lam(encoder, frames):
+    """Between λ = 0 and 1.6 the number of tokens falls by more than a factor of nine."""
+    learner = learned(0.6, frames, freeze=99, kind=MeasuredLam).train()
+    tokens = [learner([0])[1].item() for _ in range(60)]
+    all_frames = frames([0])[1].item()
+    assert max(tokens) > 0.9 * all_frames
+    assert min(tokens) < 0.2 * all_frames
+    assert learner.lam.item() == pytest.approx(0.6, abs=1e-5)
 
 
 def test_a_measured_lam_rests_while_frozen(encoder, frames):
@@ -278,7 +277,7 @@ def test_a_price_buys_longer_tokens(run):
     ]
     assert priced["search"][-1]["lam"] > free["search"][-1]["lam"] + 0.05
     assert all(0 < epoch["lam"] < 2 for epoch in priced["search"])
-    assert priced["search"][-1]["period_ms"] > priced["search"][0]["period_ms"]
+    assert priced["search"][-1]["lam"] > priced["search"][0]["lam"]
     assert priced["frame_period_ms"] > free["frame_period_ms"]
 
 
