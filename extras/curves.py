@@ -208,8 +208,7 @@ def lambda_figure(points, path):
         )
         for task, (above, below) in zip(tasks, axes.T):
             draw_search(above, below, points, task)
-        # As wide as the panels are.
-        add_legend(figure, axes, ncols=1 if len(tasks) == 1 else 4)
+        add_legend(figure, axes, ncols=len(tasks))  # as wide as the panels are
         figure.savefig(path)
         plt.close(figure)
 

@@ -166,7 +166,7 @@ def test_claims_of_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["claims.py", str(tmp_path)])
     claims.main()
     found = json.loads(Path(tmp_path / "claims.json").read_text())
-    assert [entry["verdict"] for entry in found] == ["no", "no", *["not measured"] * 5]
+    assert [entry["verdict"] for entry in found] == ["no", "no", *["not measured"] * 6]
     printed = capsys.readouterr().out
     assert "mAP -7.0 (-7.0 to -7.0) at 20 ms" in printed
     assert "mAP -3.0 (-3.0 to -3.0) at 90 ms" in printed
@@ -257,6 +257,22 @@ def test_encoders_count_alike_where_lam_is_found(tmp_path):
     assert numbers["sd_ms"] == pytest.approx(50**0.5)
     assert numbers["behind_best"] == pytest.approx(2)
     assert numbers["encoders"] == 2
+
+
+def test_lam_is_learned_if_starts_meet(tmp_path):
+    rows = [row(20.0, 51.0), row(90.0, 41.0)]
+    point(tmp_path, "any/pool-any-seed0", lam="any", rows=rows, test_s=9.0)
+    for k, period in enumerate((30.0, 31.0, 32.0)):
+        name = f"learned-differences/pool-differences-price0-from{k}-seed0"
+        point(tmp_path, name, lam=float(k), period=period, test=50.5)
+    point(tmp_path, "ofa/pool-0", lam=0.0, train_s=4.0)
+    entry = claims.lam_is_learned(tmp_path)
+    assert entry["verdict"] == "yes"
+    assert entry["shown"] == "mAP 31 ± 1 ms, 0.5 behind the best, 0.2 × the grid's time"
+    # A start that leads elsewhere.
+    name = "learned-differences/pool-differences-price0-from3-seed0"
+    point(tmp_path, name, lam=3.0, period=36.0, test=50.5)
+    assert claims.lam_is_learned(tmp_path)["verdict"] == "no"
 
 
 @pytest.mark.parametrize("r_value, verdict", [(0.76, "yes"), (0.7, "no")])
