@@ -7,7 +7,7 @@
 # make fuzz       property tests with 10,000 cases each, and 20 kills of a pre-training: 15 minutes
 # make notebooks  execute the notebooks and keep what they print and draw
 # make results    tables and figures of results/, from the points there (a minute)
-# make sweep      pre-train all encoders and compute all points anew, into runs/results: some twenty
+# make sweep      pre-train all encoders and compute all points anew, into runs/results: some 26
 #                 hours on one core; a stopped sweep goes on with the same command
 # make benchmark  how fast this is, beside its goals (minutes; leave the machine alone meanwhile)
 #
@@ -25,6 +25,7 @@ RESULTS = runs/results
 
 # Encoders, by name. Those with -seed1 and -seed2 are pre-trained with these seeds.
 OFA = ofa ofa-seed1 ofa-seed2
+SEGMENTS = segments segments-seed1 segments-seed2 k3 k3-seed1 k3-seed2
 PEERS = none none-seed1 none-seed2 lam1.04 lam1.04-seed1 lam1.04-seed2 \
 	average2 average4 lam0.51 lam0.78
 
@@ -81,8 +82,8 @@ results: data/asterisk.pt
 	.venv/bin/python -m extras.claims $(RESULTS)
 	.venv/bin/python -m extras.results $(RESULTS)
 
-sweep: points-any points-ofa points-peers points-segments points-rivals points-baselines \
-		points-learned
+sweep: points-any points-longer points-ofa points-peers points-segments points-rivals \
+		points-baselines points-learned
 	$(MAKE) results RESULTS=$(RESULTS)
 
 # One head for all rates, for each task and seed, and the best λ at several prices.
@@ -90,6 +91,10 @@ points-any: $(OFA:%=points-any-%)
 points-any-%: runs/%/encoder.pt
 	$(foreach task,$(TASKS),$(call LEARN,$(task)) --way search --price $(call PRICES,$(task)) \
 		--checkpoint $< --out $(RESULTS)/$(*:ofa%=any%) &&) true
+
+# Characters, with a head for all rates that learns for twice as long.
+points-longer: runs/ofa/encoder.pt
+	$(call FINETUNE,ctc) --lam any --epochs 180 --checkpoint $< --out $(RESULTS)/any-180
 
 # A head of its own at each of five rates, on the first of the encoders.
 points-ofa: runs/ofa/encoder.pt
@@ -107,7 +112,7 @@ points-peer-%: runs/%/encoder.pt
 
 # Tokens that end where segments end, those that it detects and, as an oracle, pseudo-boundaries;
 # beside an encoder that had as many steps (k3); and K = 1, 2, 3.
-points-segments: $(addprefix points-any-,segments k1 k2 k3)
+points-segments: $(addprefix points-any-,$(SEGMENTS) k1 k2)
 	$(foreach task,$(TASKS),$(call FINETUNE,$(task)) --lam any --boundaries pseudo \
 		--checkpoint runs/segments/encoder.pt --out $(RESULTS)/segments-oracle &&) true
 

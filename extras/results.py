@@ -50,6 +50,7 @@ from parts.runs import read_point
 
 ONE_HEAD = {  # models of which there are heads for all rates
     "any": "once-for-all, one head",
+    "any-180": "once-for-all, one head, 180 epochs",
     "segments": "segments, one head",
     "segments-oracle": "segments, pseudo-boundaries as an oracle, one head",
     **{model: f"{name}, one head" for model, name in KS.items()},
