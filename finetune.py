@@ -120,9 +120,9 @@ def build_parser(
     )
     add(
         "--data",
-        help="asterisk (the default), a TSV with columns path, text or label, and optionally "
-        "split, or a folder with metadata.csv or a folder for each label; for SUPERB's tasks a "
-        "folder with the data set, by default that of --root",
+        help="asterisk, a TSV with columns path, text or label, and optionally split, or a folder "
+        "with metadata.csv or a folder for each label; for SUPERB's tasks a folder with the data "
+        "set; None: asterisk, or for SUPERB's tasks the folder --root",
     )
     add("--root", default="data", help="folder of the embedded corpus")
     add("--fold", type=int, choices=range(1, 6), default=1, help="IEMOCAP's test session, for er")
@@ -130,7 +130,7 @@ def build_parser(
     add(
         "--boundaries",
         help="where segments end, in place of what an encoder of segments detects: a file, as of "
-        "pretrain.py, or pseudo: pseudo-boundaries",
+        "pretrain.py, or pseudo: pseudo-boundaries; None: where it detects them",
     )
     add("--lam", type=lam_or_any, nargs="+", default=[0.0], help=lam)
     add("--seeds", type=int, default=1, help="heads for each λ")

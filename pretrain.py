@@ -93,7 +93,7 @@ MAX_GRADIENT_NORM = 5.0
 LEARNED = 0.95  # a loss above this share of the constant answer's means that nothing was learned
 
 # Flags that may change when a run is resumed: they say where it runs, not what it computes.
-MAY_CHANGE = {"resume", "device", "workers", "save_every", "root", "out"}
+MAY_CHANGE = {"resume", "device", "workers", "accumulate", "save_every", "root", "out"}
 
 
 # 1. The command line.
@@ -112,7 +112,7 @@ def parse_arguments(argv=None):
         default="mfcc",
         help="mfcc, hubert_base, a FILE, a FOLDER, or a name on the hub: see parts/teachers.py",
     )
-    add("--teacher-layers", type=int, nargs="+", help="default: at a third, two thirds, the end")
+    add("--teacher-layers", type=int, nargs="+", help="None: at a third, two thirds, the end")
     add(
         "--keep-targets",
         choices=MODES,
@@ -120,7 +120,7 @@ def parse_arguments(argv=None):
         help="ask the teacher once and keep what it says under --root; auto: if that is there, or "
         "the teacher has weights and it takes up to 2 GB and a tenth of the free disk",
     )
-    add("--boundaries", help="file of segment boundaries; default: found from the teacher")
+    add("--boundaries", help="file of segment boundaries; None: found from the teacher")
     add(
         "--segment-ms",
         type=float,
@@ -131,7 +131,7 @@ def parse_arguments(argv=None):
     add("--layers", type=int, default=2, help="its Transformer layers")
     add("--compression", choices=COMPRESSIONS, default="cif", help="cif follows λ; others: peers")
     add("--alpha", choices=ALPHAS, default="regression", help="where α comes from: ofa_encoder.py")
-    add("--lam", type=float, help="train at this λ alone; default: draw λ at each step")
+    add("--lam", type=float, help="train at this λ alone; None: draw λ at each step")
     add("--lams-per-step", type=int, default=3, help="K, how many λ a step encodes its batch at")
     add(
         "--lam-distribution",

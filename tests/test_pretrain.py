@@ -249,6 +249,9 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(run, monkeypatch):
     run("--out", "stopped", "--save-every", "3", "--resume")
     assert_same("straight", "stopped")
 
+    # It may go on elsewhere, in smaller parts where memory is short.
+    run("--out", "stopped", "--save-every", "2", "--accumulate", "2", "--resume")
+
 
 @pytest.mark.parametrize("alpha", ["regression", "segments"])
 def test_parts_of_a_batch_add_up(run, monkeypatch, alpha):
