@@ -83,7 +83,7 @@ results: data/asterisk.pt
 	.venv/bin/python -m extras.results $(RESULTS)
 
 sweep: points-any points-longer points-ofa points-peers points-segments points-rivals \
-		points-baselines points-learned
+		points-baselines points-learned times
 	$(MAKE) results RESULTS=$(RESULTS)
 
 # One head for all rates, for each task and seed, and the best λ at several prices.
@@ -132,6 +132,10 @@ points-baselines: runs/ofa/encoder.pt
 points-learned: runs/ofa/encoder.pt
 	$(foreach task,$(TASKS),$(foreach way,differences autograd,$(call LEARN,$(task)) \
 		--way $(way) --checkpoint $< --out $(RESULTS)/learned-$(way) &&)) true
+
+# How long each way takes to find a rate; leave the machine alone meanwhile.
+times: data/asterisk.pt
+	$(ONE_THREAD) -m extras.benchmark heads --repeats 3 --json $(RESULTS)/benchmark-heads.json
 
 runs/%/encoder.pt: | data/asterisk.pt
 	$(ONE_THREAD) pretrain.py --resume --out runs/$* --seed $(call seed_of,$*) \

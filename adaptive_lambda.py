@@ -37,9 +37,10 @@ the way, and a new one is trained at the learned λ by finetune.py.
 
 **too short**, for CTC. An utterance with fewer tokens than its text needs has an infinite loss,
 which is usually replaced by 0 (zero_infinity). So as λ grows, the hardest utterances no longer
-count, the loss falls, and λ has no reason to come back. In its place goes the loss of a head that
-guesses, ln(symbols + 1) a symbol. A count has no gradient, so under autograd each missing token is
-charged instead, with Σ α′ for the number of tokens, and n for how many CTC needs:
+count, the loss falls, and λ has no reason to come back. In its place goes the loss of an answer in
+which all symbols and the blank are equally likely, ln(symbols + 1). (The head's loss, too, is per
+symbol of the text, and averaged over utterances.) A count has no gradient, so under autograd each
+missing token is charged instead, with Σ α′ for the number of tokens, and n for how many CTC needs:
 
     too short = ln(symbols + 1) · share of the utterances that are too short
     autograd:   ln(symbols + 1) · mean over utterances of relu(n - Σ α′) / n
@@ -74,11 +75,14 @@ from parts.cache import FrameCache, HiddenStateCache, TrainableSource
 from parts.heads import emissions
 from parts.runs import check_numbers, command, cost_of, read_point, save_point, warning
 
+STARTS = (0.1, 0.6, 1.2)  # of λ, where it is learned
 LIMIT = 1.99  # of λ: at 2, α′ is 0 and nothing fires
+LEAST_DELTA = 0.001  # below it, differences of float32 losses are noise
 SMOOTH = 3  # rates on each side over which the curve is smoothed
 
-# Flags that finetune.py does not have.
-OWN = {"way", "price", "lam_epochs", "lam_lr", "freeze", "delta"}
+# Flags that finetune.py does not have; the last four are of no use to a search.
+OF_LEARNING = ("lam_epochs", "lam_lr", "freeze", "delta")
+OWN = {"way", "price", *OF_LEARNING}
 
 
 # 1. The command line: that of finetune.py, and what learning λ needs.
@@ -89,11 +93,13 @@ def build_parser():
         "Find the λ of a task, on the frozen encoder.",
         lam="each λ to start from; not for --way search, which needs no start",
     )
-    parser.set_defaults(lam=[0.1, 0.6, 1.2])
+    parser.set_defaults(lam=list(STARTS))
     add = parser.add_argument
     ways = ("search", "differences", "autograd")
     add("--way", choices=ways, default="search", help="how λ is found: see the top of this file")
-    add("--price", type=float, nargs="+", default=[0.0], help="each price of a token per frame")
+    price = "each price: added to the loss, times tokens per frame (1 at λ = 0)"
+    add("--price", type=float, nargs="+", default=[0.0], help=price)
+    add = parser.add_argument_group("for --way differences and autograd").add_argument
     add("--lam-epochs", type=int, default=25, help="epochs for which λ is learned")
     add("--lam-lr", type=float, default=0.02, help="learning rate of r, where λ = 1.99 σ(r)")
     add("--freeze", type=int, default=200, help="steps for which λ rests where it starts")
@@ -109,6 +115,12 @@ def check(args):
             "--features and --unfreeze are for finetune.py"
         )
     if args.way == "search":
+        if args.lam not in (["any"], list(STARTS)):
+            raise ValueError("--lam is where λ starts, and --way search has no start: leave it out")
+        for name in OF_LEARNING:
+            if getattr(args, name) != build_parser().get_default(name):
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} is for --way differences and autograd: leave it out")
         args.lam = ["any"]
     elif "any" in args.lam:
         raise ValueError(f"--lam any is no λ to start from: for --way {args.way} name some")
@@ -118,8 +130,12 @@ def check(args):
         raise ValueError(
             f"--lam {starts}: λ = {LIMIT} σ(r) can't start from an end of the scale; try 0.05, say"
         )
-    check_numbers(args, "lam_epochs", "delta")
+    check_numbers(args, "lam_epochs")
     check_numbers(args, "lam_lr", "freeze", zero=True)
+    if not LEAST_DELTA <= args.delta < LIMIT:
+        raise ValueError(
+            f"--delta is {args.delta}, expected a number from {LEAST_DELTA} to below {LIMIT}"
+        )
     for price in args.price:
         if not 0 <= price < math.inf:
             raise ValueError(f"--price is {price}, expected a number from 0")
@@ -128,15 +144,15 @@ def check(args):
 # 2. Search: the lowest point of a curve.
 
 
-def best_rate(rows, guess, price) -> dict:
+def best_rate(rows, uniform, price) -> dict:
     """The row with the lowest loss, once the curve is smooth.
 
-    rows: of finetune.test_at_all_rates, in the order of their λ. guess: the loss of guessing.
+    rows: of finetune.test_at_all_rates, in the order of their λ. uniform: as of uniform_loss.
     """
     losses = []
     for row in rows:
         tokens_per_frame = FRAME_MS / row["frame_period_ms"]
-        too_short = guess * row["infeasible_valid"]
+        too_short = uniform * row["infeasible_valid"]
         losses.append(row["valid_loss"] + too_short + price * tokens_per_frame)
     return rows[int(np.argmin(smooth(losses)))]
 
@@ -157,23 +173,22 @@ def search(args, encoder, task, config):
 
     The head is that of `finetune.py --lam any`, with its flags: if it is there it is used.
     """
-    own_parser = build_parser()
+    # Its point must not differ from finetune.py's: without the flags that only this file has.
+    of_head = {name: value for name, value in vars(args).items() if name not in OWN}
+    config = {name: value for name, value in config.items() if name not in OWN}
     parser = finetune.build_parser()
-    flags = {name for name in vars(args) if name in vars(parser.parse_args([]))}
-    plain = argparse.Namespace(**{name: getattr(args, name) for name in flags})
-    of_head = {name: value for name, value in config.items() if name not in OWN}
-    finetune.points_of_any_lam(parser, plain, encoder, task, of_head)
+    finetune.points_of_any_lam(parser, argparse.Namespace(**of_head), encoder, task, config)
 
     for seed in range(args.seed, args.seed + args.seeds):
         path = Path(args.out) / f"{args.task}-any-seed{seed}.json"
         head = read_point(path)
         for price in args.price:
-            row = best_rate(head["rows"], guess_of(task), price)
+            row = best_rate(head["rows"], uniform_loss(task), price)
             point = {**head, **row, "config": {**head["config"], "way": "search", "price": price}}
-            for name in ("rows", "tokens", "guessing", "infeasible_train", "examples"):  # at λ = 0
+            # The head's point says these of λ = 0, not of the λ that was found.
+            for name in ("rows", "tokens", "guessing", "infeasible_train", "examples"):
                 point.pop(name, None)
-            one_price = argparse.Namespace(**{**vars(args), "price": [price]})
-            point["command"] = command("adaptive_lambda.py", own_parser, one_price, "any", seed)
+            point["command"] = command_of(args, "any", price, seed)
             stem = f"{args.task}-search-price{price:g}-seed{seed}"
             save_point(path.with_name(f"{stem}.json"), point, args.device)
             print(
@@ -182,9 +197,15 @@ def search(args, encoder, task, config):
             )
 
 
-def guess_of(task) -> float:
-    """The loss of guessing a symbol under CTC: among all symbols and the blank."""
+def uniform_loss(task) -> float:
+    """The loss of a symbol under CTC where all symbols and the blank are equally likely."""
     return math.log(len(task.symbols) + 1)
+
+
+def command_of(args, lam, price, seed) -> str:
+    """The command that computes the point of this λ, price and seed again."""
+    one_price = argparse.Namespace(**{**vars(args), "price": [price]})
+    return command("adaptive_lambda.py", build_parser(), one_price, lam, seed)
 
 
 # 3. λ as a parameter, and the hidden states that depend on it.
@@ -210,7 +231,7 @@ class LearnedLam(TrainableSource):
         self.steps_to_rest = args.freeze
         self.delta = args.delta
         self.price = price
-        self.guess = guess_of(task)
+        self.uniform = uniform_loss(task)
         self.needed = None
         if task.kind == "ctc":
             needed = [emissions(text) / args.symbols_per_token for text in task.targets]
@@ -242,7 +263,7 @@ class LearnedLam(TrainableSource):
         cost = self.price * mass.sum() / out.frames.sum()
         if self.needed is not None:
             needed = self.needed[list(indices)]
-            cost = cost + self.guess * (torch.relu(needed - mass) / needed).mean()
+            cost = cost + self.uniform * (torch.relu(needed - mass) / needed).mean()
         return out, cost
 
     def watch(self) -> dict:
@@ -251,19 +272,24 @@ class LearnedLam(TrainableSource):
 
 
 class MeasuredLam(LearnedLam):
-    """The same, but the slope of λ is a difference of losses on validation speech."""
+    """The same, but the slope of λ is a difference of losses on validation speech.
+
+    Its head is trained at one λ a step, drawn from 0 to finetune.LAM_MAX, and is not told how long
+    tokens are.
+    """
 
     def begin(self, lesson):
         self.lesson = lesson
         self.batches = cycle(lesson.batches("valid"))
 
     def encode_at(self, indices, lam):
-        """As above, but tokens and utterances that are too short are counted."""
+        """As in LearnedLam, but tokens, and utterances that are too short, are counted."""
         x, frames = self.frames(indices)
         out = self.encode(x, frames, lam, self.frames.marks(indices))
         cost = self.price * out.lengths.sum() / out.frames.sum()
         if self.needed is not None:
-            cost = cost + self.guess * (self.needed[list(indices)] > out.lengths).float().mean()
+            too_short = self.needed[list(indices)] > out.lengths
+            cost = cost + self.uniform * too_short.float().mean()
         return out, cost
 
     def forward(self, indices):
@@ -276,7 +302,7 @@ class MeasuredLam(LearnedLam):
         with torch.no_grad():
             out, _ = self.encode_at(indices, finetune.LAM_MAX * torch.rand(()).item())
 
-        # slope · λ has the slope that was measured, and what is subtracted makes its value 0.
+        # A stand-in for λ's loss: its value is 0, and its gradient is the slope that was measured.
         self.cost = 0.0
         if not self.rests():
             self.cost = self.slope(lam.detach()) * (lam - lam.detach())
@@ -335,10 +361,9 @@ def main():
             lesson, of_head = finetune.train(args, task, [states], seed)
             if args.save_heads:
                 finetune.save_head(path.with_suffix(".pt"), lesson.head, encoder, lam, task)
-            one_price = argparse.Namespace(**{**vars(args), "price": [price]})
             point = {
                 "config": {**from_start, "seed": seed},
-                "command": command("adaptive_lambda.py", parser, one_price, start, seed),
+                "command": command_of(args, start, price, seed),
                 "lam": lam,
                 **finetune.final_test(args, lesson, states, of_head),
                 "search": history,

@@ -88,9 +88,9 @@ LAMS_KEPT = 12  # values of λ whose hidden states are kept, and drawn in traini
 LAMS_PER_STEP = 3
 RATES = 40  # it is tested at
 
-# Flags that are not in a point's configuration: they say where it is computed, not what. (λ and
-# the seed are put there one by one, and boundaries by what is in them; --keep changes scores by
-# rounding alone, and --save-heads not at all.)
+# Flags that are left out when a point's configuration is made. λ and the seed come in for each
+# point, and boundaries by what is in the file. The others don't change what is computed (--keep
+# does by rounding alone).
 NOT_IN_CONFIG = {"lam", "seeds", "seed", "boundaries"}
 NOT_IN_CONFIG |= {"out", "root", "device", "keep", "save_heads"}
 
@@ -126,11 +126,18 @@ def build_parser(
     )
     add("--root", default="data", help="folder of the embedded corpus")
     add("--fold", type=int, choices=range(1, 6), default=1, help="IEMOCAP's test session, for er")
-    add("--features", choices=FEATURES, default="encoder", help="the head's input, or a baseline's")
+    add(
+        "--features",
+        choices=FEATURES,
+        default="encoder",
+        help="the head's input; average and merge: merged frames of an encoder that was "
+        "pre-trained with --compression none; the others are baselines: see parts/cache.py",
+    )
     add(
         "--boundaries",
-        help="where segments end, in place of what an encoder of segments detects: a file, as of "
-        "pretrain.py, or pseudo: pseudo-boundaries; None: where it detects them",
+        help="where segments end, in place of what an encoder of segments detects: a file in the "
+        "format of pretrain.py --boundaries, or pseudo: pseudo-boundaries; None: where it detects "
+        "them",
     )
     add("--lam", type=lam_or_any, nargs="+", default=[0.0], help=lam)
     add("--seeds", type=int, default=1, help="heads for each λ")
@@ -139,7 +146,7 @@ def build_parser(
         "--keep",
         choices=("memory", "nothing"),
         default="memory",
-        help="where hidden states are kept; nothing: they are computed for every batch",
+        help="memory: hidden states are computed once; nothing: they are computed for every batch",
     )
     add("--unfreeze", action="store_true", help="train the encoder too (slow: nothing is kept)")
     add(
@@ -149,7 +156,12 @@ def build_parser(
         help="network under CTC: see parts/heads.py",
     )
     add("--symbols-per-token", type=int, default=1, help="symbols that a token may emit under CTC")
-    add("--ctc-weight", type=float, default=0.3, help="part of a joint CTC loss in seq2seq, 0 to 1")
+    add(
+        "--ctc-weight",
+        type=float,
+        default=0.3,
+        help="part of a joint CTC loss in seq2seq, from 0 to below 1",
+    )
     add("--beam", type=int, default=1, help="hypotheses of seq2seq; 1: greedy")
     add("--epochs", type=int, default=90, help="passes over the training split")
     add("--lr", type=float, default=3e-3, help="of the head, at its peak; it falls linearly to 0")
@@ -239,8 +251,8 @@ class Lesson:
         return [order[k : k + BATCH] for k in range(0, len(order), BATCH)]
 
     def draw(self, random) -> list:
-        """The sources of a step. Of several, the first, at λ = 0, and one from each half of the
-        others, in the manner of pretrain.py."""
+        """The sources of a step: all, if there is one; else the first, at λ = 0, and one from each
+        half of the others, in the manner of pretrain.py."""
         if len(self.sources) == 1:
             return self.sources
         halves = np.array_split(np.arange(1, len(self.sources)), LAMS_PER_STEP - 1)
@@ -257,9 +269,10 @@ class Measured(NamedTuple):
 
 
 def train(args, task: Task, sources: list, seed):
-    """Train a head for --epochs on the hidden states of a source: [HiddenStateCache], or
-    [TrainableSource], which is trained with it. For a head of any rate, several HiddenStateCache,
-    of rising λ from 0 on.
+    """Train a head for --epochs on the hidden states of its sources.
+
+    sources: one HiddenStateCache; for a head of any rate several, of rising λ from 0 on; or one
+    TrainableSource, which is trained with the head.
 
     Returns the lesson, whose head is trained, and the history: losses of each epoch, and now and
     then how the first source's validation split does. Raises FloatingPointError if a gradient is
@@ -307,7 +320,7 @@ def make_lesson(args, task, sources) -> Lesson:
     trainable = source if isinstance(source, TrainableSource) else TrainableSource()
     trainable.eval()
     sample = torch.cat([sample_states(task, source) for source in sources], 1)
-    told = len(sources) > 1
+    told = source.told  # how long tokens are: one more number in their hidden states
     head = build_head(args, task, sample.shape[0], sample.shape[2] - told, told).to(args.device)
     head.mix.standardise(sample)
     model = nn.ModuleList([head, trainable])
@@ -580,7 +593,8 @@ def points_of_each_lam(parser, args, encoder, task, config):
         if not todo:
             continue
 
-        # A frozen encoder runs once: its CNN for all λ, the rest for all seeds.
+        # A frozen encoder runs once: its CNN for all λ, the rest for all seeds. source gives the
+        # head its hidden states, and states says what they cost.
         if not args.unfreeze:
             if encoder and not frames:
                 frames = FrameCache(task.speech, encoder, args.device, in_memory, task.ends)
@@ -621,6 +635,17 @@ def points_of_each_lam(parser, args, encoder, task, config):
             )
 
 
+def lams_to_learn() -> np.ndarray:
+    """The λ at which a head for any rate is trained, equally far apart."""
+    return np.linspace(0, LAM_MAX, LAMS_KEPT)
+
+
+def lams_to_test(encoder) -> list[float]:
+    """The λ at which it is tested; their frame periods rise by equal factors."""
+    longest = period_from_lam(LAM_MAX, encoder.mean_alpha.item())
+    return [encoder.lam_for(period) for period in np.geomspace(FRAME_MS, longest, RATES)]
+
+
 def points_of_any_lam(parser, args, encoder, task, config):
     """A head for all λ, for each seed that has no point yet."""
     rival = "" if args.features == "encoder" else f"-{args.features}"
@@ -636,15 +661,9 @@ def points_of_any_lam(parser, args, encoder, task, config):
             task.speech, args.features, encoder, lam, args.device, frames, keep, told=True
         )
 
-    # Twelve λ to learn at, equally far apart, and forty to be tested at, whose frame periods rise
-    # by equal factors.
-    learned = [states_at(lam, in_memory) for lam in np.linspace(0, LAM_MAX, LAMS_KEPT)]
+    learned = [states_at(lam, in_memory) for lam in lams_to_learn()]
     prepare_s = time.time() - began
-    longest = period_from_lam(LAM_MAX, encoder.mean_alpha.item())
-    tested = [
-        states_at(encoder.lam_for(period), False)
-        for period in np.geomspace(FRAME_MS, longest, RATES)
-    ]
+    tested = [states_at(lam, False) for lam in lams_to_test(encoder)]
     for seed, path in todo.items():
         started = time.time()
         lesson, history = train(args, task, learned, seed)

@@ -84,7 +84,7 @@ from ofa_encoder import (
 from parts import boundaries
 from parts.data import Speech, batches, by_length, load, loader
 from parts.figures import utterance_figure
-from parts.runs import check_numbers, machine, pick_device, save, use_bf16
+from parts.runs import check_numbers, machine, pick_device, save, save_text, use_bf16
 from parts.targets import MODES, KeptTargets, cache_path, targets_of
 from parts.teachers import fingerprint, initialise, load_teacher
 
@@ -671,7 +671,7 @@ def report(args, place, model, teacher, test) -> str:
         "machine": machine(place.device),
         "date": time.strftime("%Y-%m-%d"),
     }
-    (out / "table.json").write_text(json.dumps(table, indent=1))
+    save_text(json.dumps(table, indent=1), out / "table.json")
 
     # An English utterance of about three seconds, if there is one, makes the clearest figure.
     def suits(i):

@@ -1,4 +1,4 @@
-"""How fast: CIF beside torch-cif and a plain copy, the encoder at λ = 0 and 1, and pre-training.
+"""How fast: CIF beside torch-cif and a plain copy, the encoder, pre-training, and finding a rate.
 
     cif           `cif`, torch-cif 0.2.0, FunASR's cif_v1 and x.clone(): forward, forward and
                   backward, peak memory, how exact they are; time per frame over length
@@ -6,6 +6,7 @@
                   Amdahl's law makes of the parts
     pretraining   a step by its parts; K values of λ a step; pretrain.py as it is, idle and beside
                   a busy process; a step at HuBERT Base's sizes beside the same step by a peer
+    heads         a grid of heads at five λ beside one head for all rates, and beside λ learned
 
 If only the Transformer gets faster, from t_0 seconds at λ = 0 to t_1 at λ = 1, the encoder as a
 whole can gain no more than (Amdahl)
@@ -49,6 +50,7 @@ from pathlib import Path
 from statistics import median
 from unittest import mock
 
+import numpy as np
 import torch
 import torchaudio
 from torch import nn
@@ -57,14 +59,18 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer, timer
 from torch_cif import cif_function
 
+import adaptive_lambda
+import finetune
 import ofa_encoder
 import pretrain
 from cif import cif
 from extras.firing import table
 from ofa_encoder import PRESETS, SAMPLE_RATE, OFAEncoder, modify_alpha
 from parts import boundaries
+from parts.cache import FrameCache, HiddenStateCache
 from parts.data import batches
-from parts.runs import machine, pick_device, use_bf16
+from parts.runs import machine, pick_device, save_text, use_bf16
+from parts.tasks import load_task
 from parts.teachers import Wav2Vec2Teacher
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports each of its starts
@@ -86,6 +92,11 @@ STEPS = 20  # of pre-training in a round
 RUN_STEPS = 60  # of pre-training in a run of its own
 STEP = (PRESETS["base"], 4, 4)  # student, utterances and seconds of the step beside a peer
 STEP_ON_CUDA = (PRESETS["base"], 24, 12)  # a batch of its own size: 4 x 4 s only waits for launches
+
+GRID = [0, 0.51, 0.78, 1.04, 1.53]  # λ of the heads beside which finding a rate is timed
+AT = 0.51  # λ of the head that is trained once λ has been learned
+HEADS = {"ctc": [], "seq2seq": ["--epochs", "40"], "pool": []}  # flags of adaptive_lambda.py
+SHARE = 4  # one utterance of so many is in a timed epoch, one rate of so many in a timed test
 
 # What the libraries do unless told otherwise, to compare with what parts/__init__.py tells them.
 LIBRARY_DEFAULTS = {"GOMP_SPINCOUNT": "300000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}
@@ -712,7 +723,105 @@ def step_against_peer(device, repeats, bf16) -> dict:
     return {"peer": student.name, "bf16": bf16, "s": s, "peak_bytes": peak}
 
 
-SECTIONS = {"cif": cif_section, "encoder": encoder_section, "pretraining": pretraining_section}
+# 5. Finding a rate.
+
+
+def heads_section(device, repeats) -> list:
+    rows = []
+    for task, flags in HEADS.items():
+        flags = ["--task", task, *flags, "--device", device.type]
+        args = adaptive_lambda.build_parser().parse_args(flags)
+        finetune.check(args)
+        rows.append({"task": task, **measure_heads(args, repeats)})
+    show(
+        "Finding a rate: minutes for heads at five λ, and what other ways take beside them; in "
+        "brackets the search's test at forty rates included, goal: ≤ 1",
+        ["task", "five heads", "one head for all rates ×", "by differences ×", "by autograd ×"],
+        [head_cells(row) for row in rows],
+    )
+    return rows
+
+
+def measure_heads(args, repeats) -> dict:
+    """Seconds of each way, put together from epochs that are timed in turn."""
+    task = load_task(args.task, args.data, args.root)
+    encoder = OFAEncoder.from_checkpoint(args.checkpoint).to(args.device)
+    encoder.requires_grad_(False)
+    frames = FrameCache(task.speech, encoder, args.device)
+
+    def states_at(lam, keep=True, told=False):
+        return HiddenStateCache(
+            task.speech, "encoder", encoder, lam, args.device, frames, keep, told
+        )
+
+    grid = {lam: states_at(lam) for lam in GRID}
+    any_rate = [states_at(lam, told=True) for lam in finetune.lams_to_learn()]
+    tested = [states_at(lam, False, True) for lam in finetune.lams_to_test(encoder)[::SHARE]]
+
+    # λ does not rest, so that every epoch of learning it costs what most of them do.
+    args.freeze = 0
+    learned = {
+        "differences": adaptive_lambda.MeasuredLam(args, task, frames, AT),
+        "autograd": adaptive_lambda.LearnedLam(args, task, frames, AT),
+    }
+    sources = {"any": any_rate}
+    sources |= {lam: [states] for lam, states in grid.items()}
+    sources |= {way: [states] for way, states in learned.items()}
+    lessons = {name: finetune.make_lesson(args, task, each) for name, each in sources.items()}
+    epochs = {name: one_epoch(args, lesson) for name, lesson in lessons.items()}
+    epoch_s = {name: SHARE * s for name, s in interleaved(epochs, repeats).items()}
+
+    started = timer()
+    finetune.test_at_all_rates(lessons["any"], tested)
+    test_s = SHARE * (timer() - started)
+
+    encode_s = {lam: states.seconds for lam, states in grid.items()}
+    own = {lam: encode_s[lam] + args.epochs * epoch_s[lam] for lam in GRID}
+    seconds = {
+        "grid": frames.seconds + sum(own.values()),
+        "any": frames.seconds
+        + sum(states.seconds for states in any_rate)
+        + args.epochs * epoch_s["any"],
+    }
+    for way in learned:
+        seconds[way] = frames.seconds + args.lam_epochs * epoch_s[way] + own[AT]
+    seconds["search"] = seconds["any"] + test_s
+    return {
+        "seconds": seconds,
+        "of_grid": {way: s / seconds["grid"] for way, s in seconds.items()},
+        "epoch_s": epoch_s,
+        "test_s": test_s,
+    }
+
+
+def one_epoch(args, lesson):
+    """A function that trains the lesson's head for an epoch of one utterance in SHARE."""
+    lesson.order["train"] = lesson.order["train"][::SHARE]
+    lesson.trainable.begin(lesson)
+    optimizer, _ = finetune.make_optimizer(args, lesson)
+    # With a learning rate of 0 the last round takes the same steps as the first.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    random = np.random.default_rng(0)
+    return lambda: finetune.train_epoch(args, lesson, optimizer, schedule, random)
+
+
+def head_cells(row) -> list[str]:
+    of_grid = row["of_grid"]
+    return [
+        row["task"],
+        f"{row['seconds']['grid'] / 60:.1f}",
+        f"{of_grid['any']:.2f} ({of_grid['search']:.2f})",
+        f"{of_grid['differences']:.2f}",
+        f"{of_grid['autograd']:.2f}",
+    ]
+
+
+SECTIONS = {
+    "cif": cif_section,
+    "encoder": encoder_section,
+    "pretraining": pretraining_section,
+    "heads": heads_section,
+}
 
 
 def main():
@@ -740,11 +849,9 @@ def main():
         "repeats": args.repeats,
     }
     print(f"{result['machine']}, {result['date']}; medians of {args.repeats} rounds")
-    path = Path(args.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
     for section in args.sections or SECTIONS:
         result[section] = SECTIONS[section](device, args.repeats)
-        path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+        save_text(json.dumps(result, indent=1, ensure_ascii=False), args.json)
     print(f"\nwrote {args.json}")
 
 

@@ -1,17 +1,18 @@
 """What may be claimed: comparisons with their intervals, and a verdict on each.
 
-    results/MODEL/*.json    points (see points.py)
-    results/claims.json     a list of claims: each with its numbers, the command that makes the
-                            points, and a verdict
+    results/MODEL/*.json           points (see points.py)
+    results/benchmark-heads.json   what finding a rate takes, beside a grid of heads (benchmark.py)
+    results/claims.json            a list of claims: each with its numbers, the command that makes
+                                   the points, and a verdict
 
 A difference between two models owes something to the seeds of pre-training, something to the seeds
 of the heads, and something to the utterances that happen to be in the test split. So it is made
-anew 200 times: encoders are drawn with replacement, then heads of each, and of each head its score
-on one of 200 resampled test splits (scores.bootstrap), the same for both models. The interval is
-what the middle 95 % of these differences lie in. A difference whose interval holds 0 is not called
-one. Of n encoders, and of n heads, n - 1 are drawn: means of n drawn from so few would vary too
-little, by the factor (n - 1) / n in their variance. (Of one, one: how much it owes to its seed is
-then left out.)
+anew 2,000 times: encoders are drawn with replacement, each with the mean of its heads, or heads,
+where all are on one encoder; and their scores are those on one of 200 resampled test splits
+(scores.bootstrap), the same for both models. The interval is what the middle 95 % of these
+differences lie in. A difference whose interval holds 0 is not called one. Of n encoders, or heads,
+n - 1 are drawn: means of n drawn from so few would vary too little, by the factor (n - 1) / n in
+their variance. (Of one, one: how much it owes to its seed is then left out.)
 
 A curve is read between two of its rates by linear interpolation in the frame period.
 
@@ -42,8 +43,9 @@ from extras.points import (
     plus_minus,
     read_at,
 )
-from parts.runs import HIGHER_IS_BETTER, read_point
+from parts.runs import HIGHER_IS_BETTER, read_point, save_text
 
+TIMES = 10  # that each of the 200 resampled test splits is used
 WITHIN = 1.0  # points of the metric in which two models count as equally good
 
 
@@ -51,19 +53,21 @@ WITHIN = 1.0  # points of the metric in which two models count as equally good
 
 
 def resample(heads, draws, random) -> np.ndarray:
-    """(200,): for each resampled test split the mean score of heads that are drawn anew."""
+    """(TIMES · 200,): TIMES over, for each resampled test split the mean score of encoders that are
+    drawn anew, or of heads, where all are on one encoder.
+
+    draws (H, 200): the score of each head on each of these splits.
+    """
     of_encoder = defaultdict(list)
-    for k, head in enumerate(heads):
-        of_encoder[head.encoder].append(k)
-    encoders = list(of_encoder.values())  # a list of heads for each
-    result = []
-    for d in range(draws.shape[1]):
-        means = []
-        for e in random.integers(len(encoders), size=max(1, len(encoders) - 1)):
-            some = random.choice(encoders[e], size=max(1, len(encoders[e]) - 1))
-            means.append(draws[some, d].mean())
-        result.append(np.mean(means))
-    return np.array(result)
+    for head, scores in zip(heads, draws):
+        of_encoder[head.encoder].append(scores)
+    # How much heads vary is in the means of encoders already.
+    rows = np.array([np.mean(of_one, 0) for of_one in of_encoder.values()])
+    if len(rows) == 1:
+        rows = draws
+    splits = draws.shape[1]
+    some = random.integers(len(rows), size=(TIMES, max(1, len(rows) - 1), splits))
+    return rows[some, np.arange(splits)].mean(1).flatten()  # the mean over those drawn
 
 
 class Difference(NamedTuple):
@@ -227,7 +231,7 @@ def against_rivals(folder) -> dict:
                 theirs = load_heads(folder, "rivals", task, "any", by)
                 differences += compare_at((50, 90), task, metric, name + steps, ours, theirs)
     return claim(
-        "at 50 and 90 ms, pre-training with compression beats merging frames",
+        "at 50 and 90 ms, compression in pre-training beats averaging or merging frames after it",
         "make points-any points-segments points-rivals",
         differences,
         verdict_better(differences),
@@ -256,7 +260,8 @@ def lam_is_found(folder) -> dict:
         folder,
         "λ is found on one head's curve, sooner than by a grid of heads",
         "any*/{task}-search-price0-*.json",
-        "make points-any points-ofa",
+        "search",
+        "make points-any times",
     )
 
 
@@ -266,15 +271,20 @@ def lam_is_learned(folder) -> dict:
         folder,
         "λ learned beside a head ends at one rate from three starts, sooner than by a grid",
         "learned-differences/{task}-differences-price0-*.json",
-        "make points-any points-ofa points-learned",
+        "differences",
+        "make points-any points-learned times",
     )
 
 
-def one_lam(folder, text, pattern, command) -> dict:
+def one_lam(folder, text, pattern, way, command) -> dict:
     """Runs that each end with one λ: do they agree, is it good, is it cheap?
 
-    pattern: of the files of these runs, where {task} stands for the task.
+    pattern: of the files of these runs, where {task} stands for the task; way: how λ was found.
     """
+    # Points were computed on several machines, so times are those of one run of the benchmark.
+    times = folder / "benchmark-heads.json"
+    timed = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
+    of_grid = {row["task"]: row["of_grid"][way] for row in timed.get("heads", [])}
     numbers = []
     for task, metric in METRIC_OF.items():
         chosen = []
@@ -293,12 +303,6 @@ def one_lam(folder, text, pattern, command) -> dict:
         best, _ = mean_and_sd(
             [(sign * head.test).max() for head in heads], [head.encoder for head in heads]
         )
-        grid = defaultdict(float)  # {seed: seconds of training a head at each rate}
-        for path in sorted((folder / "ofa").glob(f"{task}-*.json")):
-            point = read_point(path)
-            grid[point["config"]["seed"]] += point["train_s"]
-        # The test of a head for all rates is at forty of them, and is what the search rests on.
-        seconds = min(point["train_s"] + point.get("test_s", 0) for point in chosen)
         numbers.append(
             {
                 "task": task,
@@ -308,7 +312,7 @@ def one_lam(folder, text, pattern, command) -> dict:
                 "sd_ms": float(apart_by),
                 "apart": float(np.max(np.abs(periods / middle - 1))),
                 "behind_best": float(best - reached),
-                "time_of_grid": seconds / min(grid.values()) if grid else None,
+                "time_of_grid": of_grid.get(task),
             }
         )
     shown = "; ".join(
@@ -428,7 +432,7 @@ def main():
         raise ValueError(f"no points under {folder}: compute them with `make sweep`")
     claims = all_claims(folder)
     text = json.dumps(claims, indent=1, ensure_ascii=False)
-    (folder / "claims.json").write_text(text + "\n", encoding="utf-8")
+    save_text(text + "\n", folder / "claims.json")
     print(claims_table(claims))
     for entry in claims:
         if numbers_table(entry):

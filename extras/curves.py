@@ -27,7 +27,6 @@ from extras.points import (
     select,
 )
 from parts.figures import COLOURS, STYLE
-from parts.runs import read_point
 
 # 1. The trade-off.
 
@@ -103,20 +102,10 @@ def draw_any(axis, folder, task, x):
         periods = heads[0].periods
         tests = np.array([np.interp(periods, head.periods, head.test) for head in heads])
         mean, sd = mean_and_sd(tests, [head.encoder for head in heads])
-        xs = periods if x == "period" else cost_at(periods, folder / model, task, features)
+        xs = periods if x == "period" else heads[0].gflops
         axis.plot(xs, mean, style, color=colour, linewidth=2.5, label=label)
         if len(heads) > 1:
             axis.fill_between(xs, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
-
-
-def cost_at(periods, folder, task, features) -> np.ndarray:
-    """GFLOPs per second of speech at these frame periods, of the first head for all rates."""
-    for path in sorted(folder.glob(f"{task}-*any-seed*.json")):
-        point = read_point(path)
-        if point["config"]["features"] == features:
-            break
-    known = [row["frame_period_ms"] for row in point["rows"]]
-    return np.interp(periods, known, [row["transformer_gflops_per_s"] for row in point["rows"]])
 
 
 def draw_own(axis, points, task, x):

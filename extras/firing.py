@@ -31,7 +31,6 @@ import parts  # noqa: F401  before torch: it sets how the threads of torch wait
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,6 +38,7 @@ import torch
 from ofa_encoder import FRAME_MS, OFAEncoder
 from parts.boundaries import SEGMENT_MS, found_boundaries
 from parts.data import by_length, load, loader
+from parts.runs import save_text
 from parts.teachers import fingerprint, load_teacher
 
 TOLERANCE_MS = 20
@@ -169,9 +169,7 @@ def main():
     rows = firing(encoder, speech, ends)
 
     content = {"checkpoint": args.checkpoint, "tolerance_ms": TOLERANCE_MS, "rows": rows}
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    Path(args.out).write_text(text, encoding="utf-8")
+    save_text(json.dumps(content, indent=1, ensure_ascii=False), args.out)
     print(firing_table(rows))
 
 

@@ -115,8 +115,6 @@ class Summary:
         self.gflops = mean("transformer_gflops_per_s")
         self.epochs = mean("epochs")
         self.infeasible = 100 * mean("infeasible_test") / mean("test_utterances")  # %
-        # Other work on the machine can only add time, so the fastest seed says most.
-        self.minutes = min(point["train_s"] for point in points) / 60
 
     def __str__(self):
         return plus_minus(self.test, self.sd, 1)
@@ -180,6 +178,7 @@ class Head(NamedTuple):
 
     encoder: str  # the hash of its checkpoint
     periods: np.ndarray  # (R,) in ms, ascending
+    gflops: np.ndarray  # (R,) of positions and Transformer, per second of speech
     test: np.ndarray  # (R,)
     draws: np.ndarray  # (R, 200) on resampled test splits
 
@@ -203,7 +202,8 @@ def load_heads(folder, model, task, which="own", features="encoder") -> list[Hea
     heads = []
     for (encoder, _), rows in gathered.items():
         rows.sort(key=lambda row: row["frame_period_ms"])
-        columns = [[row[name] for row in rows] for name in ("frame_period_ms", "test", "bootstrap")]
+        names = ("frame_period_ms", "transformer_gflops_per_s", "test", "bootstrap")
+        columns = [[row[name] for row in rows] for name in names]
         heads.append(Head(encoder, *map(np.array, columns)))
     return heads
 

@@ -46,7 +46,7 @@ from extras.points import (
     select,
     standard_deviation,
 )
-from parts.runs import read_point
+from parts.runs import read_point, save_text
 
 ONE_HEAD = {  # models of which there are heads for all rates
     "any": "once-for-all, one head",
@@ -59,10 +59,10 @@ SHOWN_MS = (20, 25, 33, 50, 70, 90, 130, 180)  # of the forty rates
 LEGEND = """\
 ± is the standard deviation over encoders that were pre-trained with other seeds, each with the mean
 of its heads; over heads, where there is one encoder. *ms / token*: mean frame period of all
-utterances. *GFLOPs / s*: of positions and Transformer, per second of speech; attention's part
-grows with the length of utterances, so tasks differ. *too short*: test utterances with fewer
-tokens than CTC needs. *untrained encoder*: the same network with random weights. *deaf*: a head
-without any input from the sound. CER and WER: lower is better; mAP: higher is better."""
+utterances, or of a sample for heads of all rates. *GFLOPs / s*: of positions and Transformer, per
+second of speech; attention's part grows with the length of utterances, so tasks differ. *too
+short*: test utterances with fewer tokens than CTC needs. CER and WER: lower is better; mAP: higher
+is better."""
 
 
 # 1. The tables.
@@ -176,11 +176,10 @@ def search_table(folder) -> str:
                     plus_minus(*periods, 0),
                     summary,
                     f"{abs(best):.1f}",
-                    f"{summary.minutes + min(p['test_s'] for p in points) / 60:.1f}",
                 ]
             )
     header = ["task", "price", "heads", "λ found", "ms / token", "metric %"]
-    header += ["best of the forty, by test", "minutes, fastest"]
+    header += ["best of the forty, by test"]
     return table(header, rows)
 
 
@@ -193,7 +192,6 @@ def learned_table(points) -> str:
             continue
         # Chosen by validation, as a user would: the test split is not for choosing.
         best = max(grid, key=lambda lam: gain(task, grid[lam].valid, 0))
-        minutes_of_grid = sum(summary.minutes for summary in grid.values())
         for setting in learned_settings(points, task):
             summary = Summary(points[setting])
             lams = [point["lam"] for point in points[setting]]
@@ -209,13 +207,10 @@ def learned_table(points) -> str:
                     summary,
                     f"{grid[best]} at {best:g}",
                     f"{gain(task, summary.test, grid[best].test):+.1f}",
-                    f"{summary.minutes:.1f}",
-                    f"{minutes_of_grid:.1f}",
                 ]
             )
     header = ["task", "slope by", "λ starts at", "price", "heads", "λ learned", "ms / token"]
     header += ["metric %", "best of the grid (by validation)", "better by"]
-    header += ["minutes, fastest seed", "minutes of the grid"]
     return table(header, rows)
 
 
@@ -338,7 +333,7 @@ def main():
     folder = Path(parser.parse_args().folder)
     points = load_points(folder)
     text = page(points, folder)
-    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
+    save_text(text + "\n", folder / "results.md")
     tradeoff_figure(points, folder, folder / "tradeoff.png")
     lambda_figure(points, folder / "lambda.png")
     print(text)

@@ -167,6 +167,7 @@ class TrainableSource(nn.Module):
 
     groups = ()  # its parameters, as groups for the optimiser
     cost = 0.0  # of the last batch: added to the head's loss
+    told = False  # the hidden states do not carry the durations of tokens
 
     def begin(self, lesson):
         """Before the first step: lesson is finetune's, with the head and the targets."""

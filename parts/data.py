@@ -93,13 +93,16 @@ class Speech(Dataset):
         n_test = self.held_out[1] * len(self)
 
         # Groups are dealt out in an order that looks random but depends on their names alone: first
-        # to test, then to valid, until each holds its share; the rest is for training.
+        # to test, then to valid, until each holds its share; the rest is for training. So is a
+        # group that is large beside the others and beside a share.
         split_of = {}
         count = Counter()
+        most = max(2 * len(self) / len(sizes), n_valid, n_test)
         for group in sorted(sizes, key=_digest):
-            if count["test"] < n_test:
+            may_be_held_out = sizes[group] <= most
+            if may_be_held_out and count["test"] < n_test:
                 side = "test"
-            elif count["valid"] < n_valid:
+            elif may_be_held_out and count["valid"] < n_valid:
                 side = "valid"
             else:
                 side = "train"
@@ -109,7 +112,8 @@ class Speech(Dataset):
         if set(split_of.values()) != set(SPLITS):
             raise ValueError(
                 f"{len(self)} utterances in {len(sizes)} groups (folders, speakers) are too few to "
-                "hold some out for validation and test: add files, or put them into one folder"
+                "hold some out for validation and test, or one group is nearly all of them: add "
+                "files, or put them into one folder"
             )
         kept = [u for u in self.utterances if split_of[u.group] == split]
         return Speech(kept, self.held_out, self.sound)
@@ -247,7 +251,8 @@ def from_files(entries, held_out, where, cut=True) -> Speech:
         except (soundfile.SoundFileError, OSError, ValueError) as error:
             left_out.append(f"left out: {path} ({error})")
             continue
-        id = " ".join(id.split())  # a tab would break the files of boundaries
+        # A tab or a newline would break the files of boundaries.
+        id = "".join(" " if character.isspace() else character for character in id)
         pieces = 1
         if cut:
             pieces = math.ceil(_samples_at_16_khz(length, rate) / (MAX_SECONDS * SAMPLE_RATE))

@@ -81,6 +81,12 @@ def save(content, path):
         file.write(buffer.getbuffer())
 
 
+def save_text(text, path):
+    """Text to path, by atomic_write. Raises OSError."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
 # 2. Flags, and the machine.
 
 
@@ -145,7 +151,7 @@ def machine(device) -> str:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
             said[key.strip()] = value.strip()
-        if "model name" in said:
+        if {"model name", "cpu family", "model"} <= said.keys():
             name = f"{said['model name']}, family {said['cpu family']}, model {said['model']}"
     threads = torch.get_num_threads()
     some = f"{threads} thread{'s' * (threads > 1)}"
@@ -181,9 +187,11 @@ def already_done(path, config, with_head=False) -> bool:
 def differing(a: dict, b: dict) -> list[str]:
     """Names of what differs between two configurations.
 
-    A checkpoint is known by its hash, wherever it lies.
+    A checkpoint is known by its hash, wherever it lies, and so are data that have one.
     """
     names = (a.keys() | b.keys()) - {"checkpoint"}
+    if a.get("data_sha1") and b.get("data_sha1"):
+        names -= {"data"}
     return sorted(name for name in names if a.get(name) != b.get(name))
 
 
@@ -234,8 +242,7 @@ def save_point(path, point, device):
         "machine": machine(device),
         "date": time.strftime("%Y-%m-%d"),
     }
-    with atomic_write(path) as file:
-        file.write(json.dumps(point, indent=1, ensure_ascii=False).encode())
+    save_text(json.dumps(point, indent=1, ensure_ascii=False), path)
 
 
 def command(script, parser, args, lam, seed) -> str:

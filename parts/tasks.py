@@ -39,6 +39,7 @@ import hashlib
 import os
 import random
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -297,14 +298,17 @@ def read_table(path, file_column, column, **dialect) -> list[Row]:
         raise ValueError(f"{path}: not a {kind} in UTF-8 ({error})") from None
     if not numbered:
         raise ValueError(f"{path}: no rows under a header")
-    _, first = numbered[0]
-    missing = {file_column, column} - set(first)
+    names = reader.fieldnames
+    missing = {file_column, column} - set(names)
     if missing:
         separator = "tabs" if kind == "TSV" else "commas"
         raise ValueError(
             f"{path}: no column {', '.join(sorted(missing))} in its header; "
             f"columns are separated by {separator}"
         )
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"{path}: more than one column {', '.join(sorted(twice))} in its header")
     return [check_row(path, line, cells, file_column, column) for line, cells in numbered]
 
 
@@ -390,10 +394,12 @@ def check_one_side(rows, splits):
 
 
 def target_from(kind, answer):
-    """The target that a text or label stands for."""
+    """The target that a text or label stands for. A letter is one character, however it was
+    written: macOS may write é as e and an accent."""
+    text = unicodedata.normalize("NFC", answer)
     if kind == "pool":
-        return answer
-    text = answer.lower()
+        return text
+    text = text.lower()
     return text.split() if kind == "seq2seq" else list(text)
 
 

@@ -51,6 +51,7 @@ FILES = {
     "header.tsv": HEADER,
     "file-column.tsv": "file\tlabel\na.wav\tx\n",
     "no-label.tsv": "path\ttext\na.wav\tx\n",
+    "two-labels.tsv": "path\tlabel\tlabel\na.wav\tx\ty\n",
     "gone.tsv": HEADER + "missing.wav\tx\n",
     "folder.tsv": HEADER + "forty\tx\n",
     "no-value.tsv": HEADER + "a.wav\t\n",
@@ -559,6 +560,7 @@ ROWS = [
     ("a TSV of a header", "finetune.py --data header.tsv", "no rows"),
     ("no column path", "finetune.py --data file-column.tsv", "no column path"),
     ("no column label", "finetune.py --data no-label.tsv", "no column label"),
+    ("two columns label", "finetune.py --data two-labels.tsv", "more than one column label"),
     (
         "commas in a TSV",
         "finetune.py --data commas.tsv",
@@ -676,6 +678,9 @@ ROWS = [
     ("λ from 2", "adaptive_lambda.py --lam 2", "λ is 2"),
     ("λ from any", "adaptive_lambda.py --lam any", "no λ to start from"),
     ("no step", "adaptive_lambda.py --delta 0", "--delta is 0"),
+    ("hardly a step", "adaptive_lambda.py --delta 1e-9", "--delta is 1e-09"),
+    ("a start of a search", "adaptive_lambda.py --way search --lam 0.5", "search has no start"),
+    ("a rest in a search", "adaptive_lambda.py --way search --freeze 9", "--freeze is for --way"),
     ("an unknown way", "adaptive_lambda.py --way guess", "--way: invalid choice: 'guess'"),
     ("λ from nan", "adaptive_lambda.py --lam nan", "λ is nan"),
     (

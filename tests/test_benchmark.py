@@ -6,6 +6,7 @@ What a clock says is never asserted.
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from extras import benchmark
 from extras.benchmark import busy_process, idle_and_busy, interleaved, peak_bytes, run_pretrain
 from ofa_encoder import PRESETS, frames_of
 
+REPO = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SPEEDS = {"idle": 100, "busy": 40}
 
@@ -148,6 +150,28 @@ def test_a_step_of_k_lams_encodes_at_k(tiny, monkeypatch):
         assert len(lams) == benchmark.STEPS * K
 
 
+def test_heads(run, folder, monkeypatch):
+    """Each way's time is put together from epochs, tests and encodings that were timed."""
+    rows = ["path\tlabel\tsplit"]
+    for n, path in enumerate(sorted(folder.glob("*.wav"))):
+        rows.append(f"{path}\t{path.name[:2]}\t{('train', 'valid', 'test')[n % 3]}")
+    Path("spoken.tsv").write_text("\n".join(rows) + "\n")
+    flags = ["--data", "spoken.tsv", "--epochs", "3", "--lam-epochs", "2"]
+    flags += ["--checkpoint", str(REPO / "checkpoints/ofa-tiny.pt")]
+    monkeypatch.setattr(benchmark, "HEADS", {"pool": flags})
+    content, printed = run("heads")
+    (row,) = content["heads"]
+    seconds, epoch_s = row["seconds"], row["epoch_s"]
+    assert min(numbers([seconds, epoch_s, row["test_s"]])) > 0
+    assert seconds["grid"] > 3 * sum(epoch_s[str(lam)] for lam in benchmark.GRID)
+    assert seconds["any"] > 3 * epoch_s["any"]
+    assert seconds["search"] == pytest.approx(seconds["any"] + row["test_s"])
+    for way in ("differences", "autograd"):
+        assert seconds[way] > 2 * epoch_s[way] + 3 * epoch_s[str(benchmark.AT)]
+        assert row["of_grid"][way] == pytest.approx(seconds[way] / seconds["grid"])
+    assert f"{row['of_grid']['any']:.2f} ({row['of_grid']['search']:.2f})" in printed
+
+
 def test_a_run_of_pretrain(tiny):
     result = run_pretrain({})
     assert result["audio_s_per_s"] > 0
@@ -198,7 +222,7 @@ def test_busy_process_ends():
 
 
 def test_wrong_sections_are_named(run):
-    with pytest.raises(ValueError, match="nonsense.*cif, encoder, pretraining"):
+    with pytest.raises(ValueError, match="nonsense.*cif, encoder, pretraining, heads"):
         run("nonsense")
 
 

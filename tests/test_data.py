@@ -226,6 +226,24 @@ def test_sound_of_a_folder_is_resampled_and_as_long_as_announced(mixed_folder):
         assert pitch(speech[i]) == pytest.approx(440, abs=2)  # not just played at another rate
 
 
+@pytest.mark.parametrize("large", range(10))
+def test_a_group_that_is_most_of_a_corpus_is_for_training(large):
+    utterances = []
+    for k in range(10):
+        for n in range(1000 if k == large else 10):
+            utterances.append(Utterance(f"{k}/{n}", f"speaker{k}", 16_000))
+    speech = Speech(utterances, held_out=(0.05, 0.05))
+    sizes = [len(speech.part(split)) for split in SPLITS]
+    assert sizes[0] >= 1000
+    assert min(sizes[1:]) >= 10
+
+
+def test_names_that_differ_in_their_spaces_alone_are_two(tmp_path):
+    for name in ("a b.wav", "a  b.wav", "a\tb\nc.wav"):
+        soundfile.write(tmp_path / name, np.zeros(16_000), 16_000)
+    assert {u.id for u in load(str(tmp_path)).utterances} == {"a b.wav", "a  b.wav", "a b c.wav"}
+
+
 def test_many_folders_are_groups_and_few_are_not(tmp_path):
     for n in range(10):
         (tmp_path / f"speaker{n}").mkdir()

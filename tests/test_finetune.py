@@ -19,7 +19,14 @@ from parts.cache import HiddenStateCache, UnfrozenEncoder
 from parts.data import SPLITS
 from parts.runs import save
 from parts.scores import average_precision, bootstrap, guessing, score
-from parts.tasks import KINDS, Task, draw_splits, draw_splits_by_label, load_task
+from parts.tasks import (
+    KINDS,
+    Task,
+    draw_splits,
+    draw_splits_by_label,
+    load_task,
+    target_from,
+)
 
 REPO = Path(__file__).parent.parent
 OFA_TINY = str(REPO / "checkpoints/ofa-tiny.pt")
@@ -214,6 +221,13 @@ def test_mean_average_precision_is_over_the_labels_that_occur():
     scores = [torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.0, 1.0, 0.5])]
     assert score(a_task("pool", "mAP"), scores, [[0], [1]]) == 100
     assert score(a_task("pool", "mAP"), scores, [[0, 1], [0]]) == 75  # (1 + 1/2) / 2
+
+
+def test_a_letter_with_an_accent_is_one_symbol():
+    for written in ("\u00c9t\u00e9", "E\u0301te\u0301"):  # the second is how macOS writes it
+        assert target_from("ctc", written) == ["\u00e9", "t", "\u00e9"]
+        assert target_from("seq2seq", written) == ["\u00e9t\u00e9"]
+        assert target_from("pool", written) == "\u00c9t\u00e9"
 
 
 def test_guessing_is_what_the_labels_reach_when_shuffled():

@@ -49,6 +49,14 @@ def test_a_checkpoint_is_known_by_its_hash():
     assert differing(a, {"checkpoint": "here.pt", "checkpoint_sha1": "2"}) == ["checkpoint_sha1"]
 
 
+def test_data_are_known_by_their_hash_if_they_have_one():
+    a = {"data": "here.tsv", "data_sha1": "1"}
+    assert differing(a, {"data": "there.tsv", "data_sha1": "1"}) == []
+    assert differing(a, {"data": "here.tsv", "data_sha1": "2"}) == ["data_sha1"]
+    assert "data" in differing(a, {"data": "asterisk", "data_sha1": None})
+    assert differing({"data": "one"}, {"data": "another"}) == ["data"]
+
+
 def test_points_from_before_guessing_can_be_read(tmp_path, capsys):
     point = read_point(POINT)
     point.pop("guessing", None)
