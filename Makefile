@@ -49,7 +49,8 @@ DEMO = runs/demo$(if $(filter-out mfcc,$(TEACHER)),-$(subst /,-,$(TEACHER)))
 ONE_THREAD = OMP_NUM_THREADS=1 .venv/bin/python
 HEADS = --seeds 3 $(if $(filter seq2seq,$1),--epochs 40)
 FINETUNE = $(ONE_THREAD) finetune.py $(call HEADS,$1) --task $1
-PRICES = $(if $(filter pool,$1),0 0.03 0.1 0.3,0 0.3 1 3)
+PRICES_BY_loss = $(if $(filter pool,$1),0 0.03 0.1 0.3,0 0.3 1 3)
+PRICES_BY_metric = 0 5
 LEARN = $(ONE_THREAD) adaptive_lambda.py $(call HEADS,$1) --task $1
 
 demo: data/asterisk.pt
@@ -86,15 +87,18 @@ sweep: points-any points-longer points-ofa points-peers points-segments points-r
 		points-baselines points-learned times
 	$(MAKE) results RESULTS=$(RESULTS)
 
-# One head for all rates, for each task and seed, and the best λ at several prices.
+# One head for all rates, for each task and seed, and the best λ at several prices, by loss and by
+# metric.
 points-any: $(OFA:%=points-any-%)
 points-any-%: runs/%/encoder.pt
-	$(foreach task,$(TASKS),$(call LEARN,$(task)) --way search --price $(call PRICES,$(task)) \
-		--checkpoint $< --out $(RESULTS)/$(*:ofa%=any%) &&) true
+	$(foreach task,$(TASKS),$(foreach by,loss metric,$(call LEARN,$(task)) --way search \
+		--by $(by) --price $(call PRICES_BY_$(by),$(task)) \
+		--checkpoint $< --out $(RESULTS)/$(*:ofa%=any%) &&)) true
 
-# Characters, with a head for all rates that learns for twice as long.
+# Characters, with heads for all rates that learn for as long as five heads of their own, and longer.
 points-longer: runs/ofa/encoder.pt
-	$(call FINETUNE,ctc) --lam any --epochs 180 --checkpoint $< --out $(RESULTS)/any-180
+	$(call FINETUNE,ctc) --lam any --epochs 120 --checkpoint $< --out $(RESULTS)/any-120
+	$(call FINETUNE,ctc) --lam any --epochs 180 --checkpoint $< --out $(RESULTS)/any-180 --seeds 1
 
 # A head of its own at each of five rates, on the first of the encoders.
 points-ofa: runs/ofa/encoder.pt

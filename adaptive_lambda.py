@@ -7,7 +7,8 @@ The encoder is frozen. How λ is found (--way):
 search       One head is trained for all λ (finetune.py --lam any). Its loss on validation speech is
              a curve over forty rates, and λ is where the smoothed curve is lowest. That costs no
              training beyond the head's, which is also the head that is used afterwards; and every
-             price is answered by the same curve.
+             price is answered by the same curve. The loss is not the metric: where they disagree,
+             --by metric takes the curve of the metric, more ragged, and prices in its points.
 
 differences  λ is a parameter, learned with a head. Its slope at each step is measured on a batch of
              validation speech, which is encoded twice:
@@ -73,7 +74,15 @@ import finetune
 from ofa_encoder import FRAME_MS
 from parts.cache import FrameCache, HiddenStateCache, TrainableSource
 from parts.heads import emissions
-from parts.runs import check_numbers, command, cost_of, read_point, save_point, warning
+from parts.runs import (
+    HIGHER_IS_BETTER,
+    check_numbers,
+    command,
+    cost_of,
+    read_point,
+    save_point,
+    warning,
+)
 
 STARTS = (0.1, 0.6, 1.2)  # of λ, where it is learned
 LIMIT = 1.99  # of λ: at 2, α′ is 0 and nothing fires
@@ -82,7 +91,7 @@ SMOOTH = 3  # rates on each side over which the curve is smoothed
 
 # Flags that finetune.py does not have; the last four are of no use to a search.
 OF_LEARNING = ("lam_epochs", "lam_lr", "freeze", "delta")
-OWN = {"way", "price", *OF_LEARNING}
+OWN = {"way", "by", "price", *OF_LEARNING}
 
 
 # 1. The command line: that of finetune.py, and what learning λ needs.
@@ -97,6 +106,8 @@ def build_parser():
     add = parser.add_argument
     ways = ("search", "differences", "autograd")
     add("--way", choices=ways, default="search", help="how λ is found: see the top of this file")
+    by = "what a search compares on validation; metric: then prices are in points of the metric"
+    add("--by", choices=("loss", "metric"), default="loss", help=by)
     price = "each price: added to the loss, times tokens per frame (1 at λ = 0)"
     add("--price", type=float, nargs="+", default=[0.0], help=price)
     add = parser.add_argument_group("for --way differences and autograd").add_argument
@@ -122,6 +133,8 @@ def check(args):
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is for --way differences and autograd: leave it out")
         args.lam = ["any"]
+    elif args.by != "loss":
+        raise ValueError(f"--by {args.by} is for --way search: λ is learned by its loss")
     elif "any" in args.lam:
         raise ValueError(f"--lam any is no λ to start from: for --way {args.way} name some")
     finetune.check(args)
@@ -144,17 +157,28 @@ def check(args):
 # 2. Search: the lowest point of a curve.
 
 
-def best_rate(rows, uniform, price) -> dict:
-    """The row with the lowest loss, once the curve is smooth.
+def best_rate(rows, values, price) -> dict:
+    """The row where its value, and the price of its tokens, are lowest, once the curve is smooth.
 
-    rows: of finetune.test_at_all_rates, in the order of their λ. uniform: as of uniform_loss.
+    rows: of finetune.test_at_all_rates, in the order of their λ; values: what is to be low, for
+    each; price: of a token per frame, in the unit of the values.
     """
-    losses = []
-    for row in rows:
+    priced = []
+    for row, value in zip(rows, values):
         tokens_per_frame = FRAME_MS / row["frame_period_ms"]
-        too_short = uniform * row["infeasible_valid"]
-        losses.append(row["valid_loss"] + too_short + price * tokens_per_frame)
-    return rows[int(np.argmin(smooth(losses)))]
+        priced.append(value + price * tokens_per_frame)
+    return rows[int(np.argmin(smooth(priced)))]
+
+
+def losses_of(rows, task) -> list[float]:
+    """Losses on validation, with what is too short under CTC."""
+    return [row["valid_loss"] + uniform_loss(task) * row["infeasible_valid"] for row in rows]
+
+
+def errors_of(rows, metric) -> list[float]:
+    """The metric on validation; lower is better."""
+    sign = -1 if metric in HIGHER_IS_BETTER else 1
+    return [sign * row["valid"] for row in rows]
 
 
 def smooth(values) -> np.ndarray:
@@ -182,14 +206,18 @@ def search(args, encoder, task, config):
     for seed in range(args.seed, args.seed + args.seeds):
         path = Path(args.out) / f"{args.task}-any-seed{seed}.json"
         head = read_point(path)
+        by_loss = args.by == "loss"
+        values = losses_of(head["rows"], task) if by_loss else errors_of(head["rows"], task.metric)
         for price in args.price:
-            row = best_rate(head["rows"], uniform_loss(task), price)
-            point = {**head, **row, "config": {**head["config"], "way": "search", "price": price}}
+            row = best_rate(head["rows"], values, price)
+            found = {"way": "search", "by": args.by, "price": price}
+            point = {**head, **row, "config": {**head["config"], **found}}
             # The head's point says these of λ = 0, not of the λ that was found.
             for name in ("rows", "tokens", "guessing", "infeasible_train", "examples"):
                 point.pop(name, None)
             point["command"] = command_of(args, "any", price, seed)
-            stem = f"{args.task}-search-price{price:g}-seed{seed}"
+            by = "" if by_loss else "metric-"
+            stem = f"{args.task}-search-{by}price{price:g}-seed{seed}"
             save_point(path.with_name(f"{stem}.json"), point, args.device)
             print(
                 f"price {price:g}, seed {seed}: λ = {row['lam']:.3f} "

@@ -50,6 +50,7 @@ from parts.runs import read_point, save_text
 
 ONE_HEAD = {  # models of which there are heads for all rates
     "any": "once-for-all, one head",
+    "any-120": "once-for-all, one head, 120 epochs",
     "any-180": "once-for-all, one head, 180 epochs",
     "segments": "segments, one head",
     "segments-oracle": "segments, pseudo-boundaries as an oracle, one head",
@@ -150,17 +151,18 @@ def mean_of_heads(scores) -> str:
 
 def search_table(folder) -> str:
     """The λ that was found on the curve of a head for all rates, at each price."""
-    found = {}  # {(task, price): points}
+    found = {}  # {(task, what was compared, price): points}
     for path in sorted(folder.glob("any*/*-search-*.json")):
         point = read_point(path)
-        key = (point["config"]["task"], point["config"]["price"])
+        config = point["config"]
+        key = (config["task"], config.get("by", "loss"), config["price"])
         found.setdefault(key, []).append(point)
     rows = []
     for task, name in TASKS.items():
         heads = load_heads(folder, "any", task, "any")
         bests = [gain(task, head.test, 0).max() for head in heads]
         best, _ = mean_and_sd(bests, [head.encoder for head in heads])
-        for (of_task, price), points in sorted(found.items()):
+        for (of_task, by, price), points in sorted(found.items()):
             if of_task != task:
                 continue
             summary = Summary(points)
@@ -170,6 +172,7 @@ def search_table(folder) -> str:
             rows.append(
                 [
                     name,
+                    METRIC_OF[task] if by == "metric" else by,
                     f"{price:g}",
                     len(points),
                     plus_minus(*lams, 2),
@@ -178,7 +181,7 @@ def search_table(folder) -> str:
                     f"{abs(best):.1f}",
                 ]
             )
-    header = ["task", "price", "heads", "λ found", "ms / token", "metric %"]
+    header = ["task", "by", "price", "heads", "λ found", "ms / token", "metric %"]
     header += ["best of the forty, by test"]
     return table(header, rows)
 
@@ -295,7 +298,7 @@ def page(points, folder) -> str:
     if any(folder.glob("any*/*-search-*.json")):
         text += [
             "## λ found on the curve of one head",
-            "*price*: what is added to the loss, times tokens per frame.",
+            "*price*: what is added to the loss or the metric, times tokens per frame.",
             search_table(folder),
         ]
     if any(learned_settings(points, task) for task in TASKS):

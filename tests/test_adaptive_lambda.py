@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 
 import adaptive_lambda
 import finetune
-from adaptive_lambda import LIMIT, LearnedLam, MeasuredLam, best_rate, smooth
+from adaptive_lambda import (
+    LIMIT,
+    LearnedLam,
+    MeasuredLam,
+    best_rate,
+    errors_of,
+    losses_of,
+    smooth,
+)
 from ofa_encoder import OFAEncoder
 from parts.cache import FrameCache
 from parts.data import load
@@ -212,16 +220,16 @@ def rows_of(losses):
 
 def test_the_best_rate_is_the_lowest_point_of_the_curve():
     for lowest in (0, 17, 39):
-        assert best_rate(rows_of((np.arange(40) - lowest) ** 2), 0, 0) == pytest.approx(
-            rows_of((np.arange(40) - lowest) ** 2)[lowest]
-        )
+        losses = (np.arange(40) - lowest) ** 2
+        rows = rows_of(losses)
+        assert best_rate(rows, losses, 0) is rows[lowest]
 
 
 @given(st.lists(st.floats(0, 5), min_size=40, max_size=40), st.floats(0, 9), st.floats(0, 9))
 def test_dearer_tokens_are_never_shorter(losses, a, b):
     """Whatever the curve is like, and however small the price."""
     rows = rows_of(losses)
-    cheap, dear = (best_rate(rows, 0, price)["frame_period_ms"] for price in sorted([a, b]))
+    cheap, dear = (best_rate(rows, losses, price)["frame_period_ms"] for price in sorted([a, b]))
     assert cheap <= dear * (1 + 1e-9)
 
 
@@ -229,8 +237,21 @@ def test_what_is_too_short_costs_as_much_as_an_even_answer():
     rows = rows_of(np.linspace(2, 1, 40))  # zero_infinity: the longer the tokens the better
     for row in rows:
         row["infeasible_valid"] = max(0, row["frame_period_ms"] - 60) / 60
-    assert best_rate(rows, 0, 0)["frame_period_ms"] == pytest.approx(220)
-    assert 50 < best_rate(rows, 3, 0)["frame_period_ms"] < 80
+    alone = [row["valid_loss"] for row in rows]
+    assert best_rate(rows, alone, 0)["frame_period_ms"] == pytest.approx(220)
+    charged = losses_of(rows, SimpleNamespace(symbols=range(19)))
+    assert charged[-1] == pytest.approx(1 + np.log(20) * 160 / 60)
+    assert 50 < best_rate(rows, charged, 0)["frame_period_ms"] < 80
+
+
+def test_the_best_metric_may_be_high_or_low():
+    rows = rows_of(np.zeros(40))
+    for k, row in enumerate(rows):
+        row["valid"] = 50 + (k - 12) ** 2 / 10
+    assert best_rate(rows, errors_of(rows, "CER"), 0) is rows[12]
+    assert best_rate(rows, errors_of(rows, "mAP"), 0) is rows[39]
+    # A price is in points: at 12 a token of 42 ms is 0.48 tokens a frame.
+    assert best_rate(rows, errors_of(rows, "CER"), 20)["frame_period_ms"] > 45
 
 
 def test_search_uses_one_head_for_all_prices(run, monkeypatch, capsys):
@@ -253,8 +274,15 @@ def test_search_uses_one_head_for_all_prices(run, monkeypatch, capsys):
         assert point["config"] == {
             **head["config"],
             "way": "search",
+            "by": "loss",
             "price": point["config"]["price"],
         }
+    # The metric has a curve of its own.
+    found = run("--by", "metric", way="search")
+    point = found["pool-search-metric-price0-seed0.json"]
+    assert point["config"]["by"] == "metric" and "--by metric" in point["command"]
+    lowest = best_rate(head["rows"], errors_of(head["rows"], head["metric"]), 0)
+    assert point["frame_period_ms"] == lowest["frame_period_ms"]
     # The head is there, and finetune.py would have made the same.
     capsys.readouterr()
     run("--price", "2", way="search")

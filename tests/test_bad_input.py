@@ -680,6 +680,7 @@ ROWS = [
     ("no step", "adaptive_lambda.py --delta 0", "--delta is 0"),
     ("hardly a step", "adaptive_lambda.py --delta 1e-9", "--delta is 1e-09"),
     ("a start of a search", "adaptive_lambda.py --way search --lam 0.5", "search has no start"),
+    ("slopes of a metric", "adaptive_lambda.py --by metric", "--by metric is for --way search"),
     ("a rest in a search", "adaptive_lambda.py --way search --freeze 9", "--freeze is for --way"),
     ("an unknown way", "adaptive_lambda.py --way guess", "--way: invalid choice: 'guess'"),
     ("λ from nan", "adaptive_lambda.py --lam nan", "λ is nan"),

@@ -237,6 +237,17 @@ def write_times(folder, **of_grid):
     (folder / "benchmark-heads.json").write_text(json.dumps({"heads": rows}))
 
 
+def test_one_head_may_learn_for_as_long_as_five(tmp_path):
+    """Characters are compared by the heads of 120 epochs, if there are some."""
+    rows = [row(20.0, 25.0), row(90.0, 55.0)]
+    point(tmp_path, "any/ctc-any-seed0", task="ctc", lam="any", rows=rows)
+    point(tmp_path, "ofa/ctc-0", task="ctc", test=24.0)
+    assert claims.against_own_heads(tmp_path)["numbers"][0]["ours"] == 25
+    rows = [row(20.0, 23.0), row(90.0, 55.0)]
+    point(tmp_path, "any-120/ctc-any-seed0", task="ctc", lam="any", rows=rows)
+    assert claims.against_own_heads(tmp_path)["numbers"][0]["ours"] == 23
+
+
 def test_lam_is_found_if_heads_agree_and_it_is_good_and_cheap(tmp_path):
     rows = [row(20.0, 51.0), row(90.0, 41.0)]
     found = {"lam": "any", "rows": rows}
