@@ -14,7 +14,7 @@
 # All make .venv from requirements.txt (once, and again when that changes) and fetch the corpus.
 # What the tests alone need is in tests/requirements.txt.
 # Tests in a browser are run by hand: see tests/test_listen.py.
-# RESULTS=FOLDER: another folder for the points than runs/results, or results.
+# RESULTS=FOLDER: where points go (runs/results unless told otherwise; with make results: results).
 
 PYTHON ?= python3
 TEACHER = mfcc

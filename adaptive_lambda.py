@@ -114,7 +114,7 @@ def build_parser():
     add("--lam-epochs", type=int, default=25, help="epochs for which λ is learned")
     add("--lam-lr", type=float, default=0.02, help="learning rate of r, where λ = 1.99 σ(r)")
     add("--freeze", type=int, default=200, help="steps for which λ rests where it starts")
-    add("--delta", type=float, default=0.1, help="δ, half the step of --way differences")
+    add("--delta", type=float, default=0.1, help="δ, half the step of differences")
     return parser
 
 
@@ -272,13 +272,13 @@ class LearnedLam(TrainableSource):
     def forward(self, indices):
         """Hidden states (B, L + 1, T, D) and lengths (B,); sets self.cost."""
         lam = self.lam
-        if self.training and self.rests():
+        if self.training and self.count_step():
             lam = lam.detach()
         out, self.cost = self.encode_at(indices, lam)
         return torch.stack(out.hidden_states, 1), out.lengths
 
-    def rests(self) -> bool:
-        """Whether λ still rests at this step, which is counted."""
+    def count_step(self) -> bool:
+        """Count a step; returns whether λ still rests at it."""
         self.steps_to_rest -= 1
         return self.steps_to_rest >= 0
 
@@ -332,7 +332,7 @@ class MeasuredLam(LearnedLam):
 
         # A stand-in for λ's loss: its value is 0, and its gradient is the slope that was measured.
         self.cost = 0.0
-        if not self.rests():
+        if not self.count_step():
             self.cost = self.slope(lam.detach()) * (lam - lam.detach())
         return torch.stack(out.hidden_states, 1), out.lengths
 
@@ -371,6 +371,7 @@ def main():
     if args.way == "search":
         search(args, encoder, task, config)
         return
+    del config["by"]  # a search's alone
     check_freeze(args, task)
     in_memory = args.keep == "memory"
     frames = None

@@ -130,8 +130,9 @@ def build_parser(
         "--features",
         choices=FEATURES,
         default="encoder",
-        help="the head's input; average and merge: merged frames of an encoder that was "
-        "pre-trained with --compression none; the others are baselines: see parts/cache.py",
+        help="the head's input. encoder: its hidden states; average, merge: frames of an encoder "
+        "that was pre-trained with --compression none, merged; the others are baselines: see "
+        "parts/cache.py",
     )
     add(
         "--boundaries",
@@ -140,7 +141,7 @@ def build_parser(
         "them",
     )
     add("--lam", type=lam_or_any, nargs="+", default=[0.0], help=lam)
-    add("--seeds", type=int, default=1, help="heads for each λ")
+    add("--seeds", type=int, default=1, help="heads (in adaptive_lambda.py, runs) for each setting")
     add("--seed", type=int, default=0, help="of the first of them; the next ones count up")
     add(
         "--keep",

@@ -270,7 +270,7 @@ def page(points, folder) -> str:
     machines = sorted({f"{point['machine']} ({point['date']})" for point in runs})
     text = [
         "# What was found",
-        "Made by `python -m extras.results` from the points beside it; computed on "
+        "Made by `python -m extras.results` from the points beside it; those at one λ computed on "
         f"{'; '.join(machines)}.",
         LEGEND,
     ]
