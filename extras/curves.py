@@ -144,19 +144,22 @@ def draw_peers(axis, points, task, x):
 
 
 def draw_learned(axis, points, task, x):
-    """A star for each run in which λ was learned, since it ends elsewhere with each seed."""
-    stars = []
+    """A star for each run in which λ was learned, since it ends elsewhere with each seed; an open
+    one, if by autograd."""
+    stars = {}  # {slope: a Summary of each run}
     for setting in learned_settings(points, task):
         if setting.price == 0:
-            stars += [Summary([point]) for point in points[setting]]
-    if stars:
+            slope, _ = LEARNED[setting.model]
+            stars.setdefault(slope, []).extend(Summary([point]) for point in points[setting])
+    for slope, runs in stars.items():
         axis.plot(
-            [getattr(star, x) for star in stars],
-            [star.test for star in stars],
+            [getattr(run, x) for run in runs],
+            [run.test for run in runs],
             "*",
             markersize=11,
             color=COLOURS["learned"],
-            label="λ learned, each run",
+            markerfacecolor="white" if slope == "autograd" else COLOURS["learned"],
+            label=f"λ learned by {slope}, each run",
             zorder=5,
         )
 
