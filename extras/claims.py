@@ -167,11 +167,14 @@ def claim(text, command, differences, verdict) -> dict:
     }
 
 
-def against_peers(folder) -> dict:
-    """One encoder and one head for all rates against encoders and heads of one rate."""
+def against_peers(folder, model="any") -> dict:
+    """One encoder and one head for all rates against encoders and heads of one rate.
+
+    model: the encoder, by the folder of its points.
+    """
     differences = []
     for task, metric in METRIC_OF.items():
-        ours = load_heads(folder, "any", task, "any")
+        ours = load_heads(folder, model, task, "any")
         for peer, name in PEERS.items():
             theirs = load_heads(folder, peer, task)
             if ours and theirs:

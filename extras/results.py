@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from extras.claims import all_claims, claims_table, numbers_table
+from extras.claims import against_peers, all_claims, claims_table, numbers_table
 from extras.curves import lambda_figure, tradeoff_figure
 from extras.firing import TOLERANCE_MS, firing_table, table
 from extras.points import (
@@ -289,6 +289,9 @@ def page(points, folder) -> str:
         for entry in claims:
             if numbers_table(entry):
                 text += [f"*{entry['claim']}*: {entry['verdict']}", numbers_table(entry)]
+    as_many_steps = numbers_table(against_peers(folder, "k3"))
+    if as_many_steps:
+        text += ["The first of these, after as many steps as one peer had (K = 3):", as_many_steps]
     if encoders_table(folder):
         text += [
             "## Encoders that differ in their seed alone",
