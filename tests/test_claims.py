@@ -127,15 +127,20 @@ def test_few_encoders_vary_as_much_as_many():
         assert drawn.std() == pytest.approx(0.577, abs=0.03)
 
 
-def test_heads_of_several_encoders_do_not_count_twice():
-    """Three encoders alike, with three heads each: the standard error of nine heads is 1 / 3."""
+@pytest.mark.parametrize("apart, error", [("heads", 1 / 3), ("encoders", 3**-0.5)])
+def test_what_heads_vary_by_counts_once(apart, error):
+    """Three encoders with three heads each, with a variance of 1 between heads, or encoders: the
+    standard error of the mean is that of nine heads, or of three encoders."""
     random = np.random.default_rng(0)
-    sds = []
+    variances = []
     for _ in range(200):
-        draws = np.repeat(random.standard_normal((9, 1)), 200, 1)
-        drawn = resample([head(name) for name in "aaabbbccc"], draws, random)
-        sds.append(drawn.std())
-    assert np.mean(np.square(sds)) ** 0.5 == pytest.approx(1 / 3, abs=0.04)
+        if apart == "heads":
+            draws = random.standard_normal((9, 1))
+        else:
+            draws = np.repeat(random.standard_normal((3, 1)), 3, 0)
+        drawn = resample([head(name) for name in "aaabbbccc"], np.repeat(draws, 200, 1), random)
+        variances.append(drawn.var())
+    assert np.mean(variances) ** 0.5 == pytest.approx(error, abs=0.06)
 
 
 def test_resampling_keeps_to_a_draw():
