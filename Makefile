@@ -50,7 +50,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 .venv/bin/python
 HEADS = --seeds 3 $(if $(filter seq2seq,$1),--epochs 40)
 FINETUNE = $(ONE_THREAD) finetune.py $(call HEADS,$1) --task $1
 PRICES_BY_loss = $(if $(filter pool,$1),0 0.03 0.1 0.3,0 0.3 1 3)
-PRICES_BY_metric = 0 5
+PRICES_BY_metric = 0 5 10 20
 LEARN = $(ONE_THREAD) adaptive_lambda.py $(call HEADS,$1) --task $1
 
 demo: data/asterisk.pt

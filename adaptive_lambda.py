@@ -1,14 +1,15 @@
 """λ chosen for a task by what it costs there, not picked from a grid of heads.
 
-    loss(λ) = head's loss at λ + price · tokens per frame + too short
+    cost(λ) = a head's error or loss at λ + price · tokens per frame
 
 The encoder is frozen. How λ is found (--way):
 
-search       One head is trained for all λ (finetune.py --lam any). Its loss on validation speech is
-             a curve over forty rates, and λ is where the smoothed curve is lowest. That costs no
-             training beyond the head's, which is also the head that is used afterwards; and every
-             price is answered by the same curve. The loss is not the metric: where they disagree,
-             --by metric takes the curve of the metric, more ragged, and prices in its points.
+search       One head is trained for all λ (finetune.py --lam any). Its errors on validation speech
+             are a curve over forty rates, and λ is where the smoothed curve is lowest. That costs
+             no training beyond the head's, which is also the head that is used afterwards; and
+             every price, in points of the metric, is answered by the same curve. With --by loss the
+             curve is that of the loss, which is what the other ways follow: it is less ragged, but
+             where it is lowest the metric is not best (docs/findings.md, 7).
 
 differences  λ is a parameter, learned with a head. Its slope at each step is measured on a batch of
              validation speech, which is encoded twice:
@@ -36,23 +37,24 @@ that emits only blanks, gives it a slope of noise. λ has its own learning rate,
 with that of the head, and no weight decay. Then the head is thrown away, having seen λ change all
 the way, and a new one is trained at the learned λ by finetune.py.
 
-**too short**, for CTC. An utterance with fewer tokens than its text needs has an infinite loss,
-which is usually replaced by 0 (zero_infinity). So as λ grows, the hardest utterances no longer
-count, the loss falls, and λ has no reason to come back. In its place goes the loss of an answer in
-which all symbols and the blank are equally likely, ln(symbols + 1). (The head's loss, too, is per
-symbol of the text, and averaged over utterances.) A count has no gradient, so under autograd each
-missing token is charged instead, with Σ α′ for the number of tokens, and n for how many CTC needs:
+**too short**, added to the loss under CTC. An utterance with fewer tokens than its text needs has
+an infinite loss, which is usually replaced by 0 (zero_infinity). So as λ grows, the hardest
+utterances no longer count, the loss falls, and λ has no reason to come back. In its place goes the
+loss of an answer in which all symbols and the blank are equally likely, ln(symbols + 1). (The
+head's loss, too, is per symbol of the text, and averaged over utterances.) A count has no gradient,
+so under autograd each missing token is charged instead, with Σ α′ for the number of tokens, and n
+for how many CTC needs:
 
     too short = ln(symbols + 1) · share of the utterances that are too short
     autograd:   ln(symbols + 1) · mean over utterances of relu(n - Σ α′) / n
 
-**price.** Tokens per frame are 1 at λ = 0, where the price is added to the loss in full, and about
+**price.** Tokens per frame are 1 at λ = 0, which the price makes dearer by all of it, and about
 0.22 at λ = 1. The dearer tokens are, the longer the best ones.
 
 Source: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models",
 ICASSP 2023: λ learned with the task. What is too short, price, freeze and the other ways are ours.
 
-    python adaptive_lambda.py --price 0 1 3      characters: one head, and the best λ at each price
+    python adaptive_lambda.py --price 0 5 10     characters: one head, and the best λ at each price
     python adaptive_lambda.py --way autograd --task pool --lam 0.1 1.2 --out runs/adaptive
 """
 
@@ -106,15 +108,18 @@ def build_parser():
     add = parser.add_argument
     ways = ("search", "differences", "autograd")
     add("--way", choices=ways, default="search", help="how λ is found: see the top of this file")
-    by = "what a search compares on validation; metric: then prices are in points of the metric"
-    add("--by", choices=("loss", "metric"), default="loss", help=by)
-    price = "each price: added to the loss, times tokens per frame (1 at λ = 0)"
+    by = "what a search compares on validation; the other ways learn λ by its loss"
+    add("--by", choices=("metric", "loss"), default="metric", help=by)
+    price = "each price of a token per frame, of which λ = 0 has 1: in points of the metric for a "
+    price += "search by the metric, elsewhere added to the loss"
     add("--price", type=float, nargs="+", default=[0.0], help=price)
     add = parser.add_argument_group("for --way differences and autograd").add_argument
     add("--lam-epochs", type=int, default=25, help="epochs for which λ is learned")
     add("--lam-lr", type=float, default=0.02, help="learning rate of r, where λ = 1.99 σ(r)")
     add("--freeze", type=int, default=200, help="steps for which λ rests where it starts")
-    add("--delta", type=float, default=0.1, help="δ, half the step of differences")
+    add(
+        "--delta", type=float, default=0.1, help="δ, half the step of differences; not for autograd"
+    )
     return parser
 
 
@@ -133,8 +138,12 @@ def check(args):
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is for --way differences and autograd: leave it out")
         args.lam = ["any"]
-    elif args.by != "loss":
-        raise ValueError(f"--by {args.by} is for --way search: λ is learned by its loss")
+    elif args.way == "autograd" and args.delta != build_parser().get_default("delta"):
+        raise ValueError("--delta is for --way differences: leave it out")
+    elif args.by != build_parser().get_default("by"):
+        raise ValueError(
+            f"--by is for --way search, --way {args.way} learns λ by its loss: leave it out"
+        )
     elif "any" in args.lam:
         raise ValueError(f"--lam any is no λ to start from: for --way {args.way} name some")
     finetune.check(args)
@@ -206,8 +215,10 @@ def search(args, encoder, task, config):
     for seed in range(args.seed, args.seed + args.seeds):
         path = Path(args.out) / f"{args.task}-any-seed{seed}.json"
         head = read_point(path)
-        by_loss = args.by == "loss"
-        values = losses_of(head["rows"], task) if by_loss else errors_of(head["rows"], task.metric)
+        if args.by == "metric":
+            values = errors_of(head["rows"], task.metric)
+        else:
+            values = losses_of(head["rows"], task)
         for price in args.price:
             row = best_rate(head["rows"], values, price)
             found = {"way": "search", "by": args.by, "price": price}
@@ -216,8 +227,7 @@ def search(args, encoder, task, config):
             for name in ("rows", "tokens", "guessing", "infeasible_train", "examples"):
                 point.pop(name, None)
             point["command"] = command_of(args, "any", price, seed)
-            by = "" if by_loss else "metric-"
-            stem = f"{args.task}-search-{by}price{price:g}-seed{seed}"
+            stem = f"{args.task}-search-{args.by}-price{price:g}-seed{seed}"
             save_point(path.with_name(f"{stem}.json"), point, args.device)
             print(
                 f"price {price:g}, seed {seed}: λ = {row['lam']:.3f} "

@@ -8,11 +8,12 @@
 A difference between two models owes something to the seeds of pre-training, something to the seeds
 of the heads, and something to the utterances that happen to be in the test split. So it is made
 anew 2,000 times. Encoders are drawn with replacement, and each counts with the mean of its heads;
-if a side has only one encoder, its heads are drawn instead. Scores are those on one of 200
-resampled test splits (scores.bootstrap), the same for both models. The interval is what the middle
-95 % of these differences lie in. A difference whose interval holds 0 is not called one. Of n
-encoders, or heads, n - 1 are drawn: means of n drawn from so few would vary too little, by the
-factor (n - 1) / n in their variance. (Of one, one: how much it owes to its seed is then left out.)
+if a side has only one encoder, its heads are drawn instead. (Two sides that have the same encoders,
+and several, are given the same draw.) Scores are those on one of 200 resampled test splits
+(scores.bootstrap), the same for both models. The interval is what the middle 95 % of these
+differences lie in. A difference whose interval holds 0 is not called one. Of n encoders, or heads,
+n - 1 are drawn: means of n drawn from so few would vary too little, by the factor (n - 1) / n in
+their variance. (Of one, one: how much it owes to its seed is then left out.)
 
 A curve is read between two of its rates by linear interpolation in the frame period.
 
@@ -35,9 +36,11 @@ import numpy as np
 
 from extras.firing import table
 from extras.points import (
+    HEAD_COLUMNS,
     METRIC_OF,
     PEERS,
     TASKS,
+    Head,
     load_heads,
     mean_and_sd,
     plus_minus,
@@ -91,20 +94,24 @@ class Difference(NamedTuple):
         return f"{self.better:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
 
 
-def count_encoders(heads) -> int:
-    """On how many encoders they are; 0, if their features need none."""
-    return len({head.encoder for head in heads} - {None})
+def encoders_of(heads) -> list[str]:
+    """The encoders that they are on, each once; none, if their features need none."""
+    return list(dict.fromkeys(head.encoder for head in heads if head.encoder))
 
 
 def compare(task, metric, beside, ours, theirs, period, their_period=None) -> Difference:
     """ours, theirs: heads; their_period: if it is not the same."""
     sign = 1 if metric in HIGHER_IS_BETTER else -1
-    random = np.random.default_rng(0)
+    our_encoders, their_encoders = encoders_of(ours), encoders_of(theirs)
     our_tests, our_draws = read_at(ours, period)
     their_tests, their_draws = read_at(theirs, their_period or period)
     our_mean, _ = mean_and_sd(our_tests, [head.encoder for head in ours])
     their_mean, _ = mean_and_sd(their_tests, [head.encoder for head in theirs])
-    apart = sign * (resample(ours, our_draws, random) - resample(theirs, their_draws, random))
+    random = np.random.default_rng(0)
+    our_means = resample(ours, our_draws, random)
+    if our_encoders == their_encoders and len(our_encoders) > 1:
+        random = np.random.default_rng(0)  # then the same encoders are drawn for both
+    apart = sign * (our_means - resample(theirs, their_draws, random))
     low, high = np.percentile(apart, [2.5, 97.5])
     return Difference(
         task,
@@ -115,7 +122,7 @@ def compare(task, metric, beside, ours, theirs, period, their_period=None) -> Di
         float(sign * (our_mean - their_mean)),
         float(low),
         float(high),
-        min(count_encoders(heads) for heads in (ours, theirs) if count_encoders(heads)),
+        min(len(encoders) for encoders in (our_encoders, their_encoders) if encoders),
         min(len(ours), len(theirs)),
     )
 
@@ -265,10 +272,11 @@ def lam_is_found(folder) -> dict:
     """λ found on the curve of a head for all rates."""
     return one_lam(
         folder,
-        "λ is found on one head's curve, sooner than by a grid of heads",
-        "any*/{task}-search-price0-*.json",
+        "λ found on one head's curve is as good as the best, sooner than by a grid of heads",
+        "any*/{task}-search-metric-price0-*.json",
         "search",
         "make points-any times",
+        within=float("inf"),  # a search has no start, and on a flat curve many rates are best
     )
 
 
@@ -276,24 +284,26 @@ def lam_is_learned(folder) -> dict:
     """λ learned beside a head, from several starts, with a slope by differences."""
     return one_lam(
         folder,
-        "λ learned beside a head ends at one rate from three starts, sooner than by a grid",
+        "λ learned from three starts ends at one rate, as good as the best, sooner than by a grid",
         "learned-differences/{task}-differences-price0-*.json",
         "differences",
         "make points-any points-learned times",
+        within=0.1,
     )
 
 
-def one_lam(folder, text, pattern, way, command) -> dict:
+def one_lam(folder, text, pattern, way, command, within) -> dict:
     """Runs that each end with one λ: do they agree, is it good, is it cheap?
 
-    pattern: of the files of these runs, where {task} stands for the task; way: how λ was found.
+    pattern: of the files of these runs, where {task} stands for the task; way: how λ was found;
+    within: the share of a frame period by which a run may be off their median.
     """
     # Points were computed on several machines, so times are those of one run of the benchmark.
     times = folder / "benchmark-heads.json"
     timed = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
     of_grid = {row["task"]: row["of_grid"][way] for row in timed.get("heads", [])}
     numbers = []
-    for task, metric in METRIC_OF.items():
+    for task in METRIC_OF:
         chosen = []
         for path in sorted(folder.glob(pattern.format(task=task))):
             chosen.append(read_point(path))
@@ -302,14 +312,9 @@ def one_lam(folder, text, pattern, way, command) -> dict:
         heads = [head for head in heads if head.encoder in encoders]
         if not chosen or not heads:
             continue
-        sign = 1 if metric in HIGHER_IS_BETTER else -1
         periods = np.array([point["frame_period_ms"] for point in chosen])
         middle = float(np.median(periods))
         period, apart_by = mean_and_sd(periods, encoders)
-        reached, _ = mean_and_sd([sign * point["test"] for point in chosen], encoders)
-        best, _ = mean_and_sd(
-            [(sign * head.test).max() for head in heads], [head.encoder for head in heads]
-        )
         numbers.append(
             {
                 "task": task,
@@ -318,21 +323,21 @@ def one_lam(folder, text, pattern, way, command) -> dict:
                 "period_ms": float(period),
                 "sd_ms": float(apart_by),
                 "apart": float(np.max(np.abs(periods / middle - 1))),
-                "behind_best": float(best - reached),
+                "best": compare_with_best(folder, task, chosen)._asdict(),
                 "time_of_grid": of_grid.get(task),
             }
         )
     shown = "; ".join(
         f"{METRIC_OF[n['task']]} {plus_minus(n['period_ms'], n['sd_ms'], 0)} ms, "
-        f"{n['behind_best']:.1f} behind the best"
+        f"{Difference(**n['best'])} beside the best"
         + (f", {n['time_of_grid']:.1f} × the grid's time" if n["time_of_grid"] else "")
         for n in numbers
     )
     verdict = "not measured"
     if numbers:
         good = [
-            n["apart"] <= 0.1
-            and n["behind_best"] <= WITHIN
+            n["apart"] <= within
+            and verdict_within([Difference(**n["best"])]) == "yes"
             and n["time_of_grid"] is not None
             and n["time_of_grid"] < 1
             for n in numbers
@@ -346,6 +351,26 @@ def one_lam(folder, text, pattern, way, command) -> dict:
         "shown": shown,
         "numbers": numbers,
     }
+
+
+def compare_with_best(folder, task, chosen) -> Difference:
+    """What the chosen λ reach, beside the best of forty rates: of heads for all rates, on the same
+    encoders, where the mean of their curves on the test split is best.
+
+    chosen: a point for each λ.
+    """
+    ours = []
+    for point in chosen:
+        columns = [np.array([point[name]]) for name in HEAD_COLUMNS]
+        ours.append(Head(point["config"]["checkpoint_sha1"], *columns))
+    encoders = encoders_of(ours)
+    heads = [head for head in load_heads(folder, "any", task, "any") if head.encoder in encoders]
+    periods = heads[0].periods
+    curves = [np.interp(periods, head.periods, head.test) for head in heads]
+    mean, _ = mean_and_sd(curves, [head.encoder for head in heads])
+    metric = METRIC_OF[task]
+    best = np.argmax(mean) if metric in HIGHER_IS_BETTER else np.argmin(mean)
+    return compare(task, metric, "the best of forty rates", ours, heads, periods[best])
 
 
 def tokens_end_with_sounds(folder) -> dict:

@@ -183,6 +183,10 @@ class Head(NamedTuple):
     draws: np.ndarray  # (R, 200) on resampled test splits
 
 
+# What of a point is in the fields of Head from the second on.
+HEAD_COLUMNS = ("frame_period_ms", "transformer_gflops_per_s", "test", "bootstrap")
+
+
 def load_heads(folder, model, task, which="own", features="encoder") -> list[Head]:
     """The heads of a model and those of its other pre-training seeds.
 
@@ -202,8 +206,7 @@ def load_heads(folder, model, task, which="own", features="encoder") -> list[Hea
     heads = []
     for (encoder, _), rows in gathered.items():
         rows.sort(key=lambda row: row["frame_period_ms"])
-        names = ("frame_period_ms", "transformer_gflops_per_s", "test", "bootstrap")
-        columns = [[row[name] for row in rows] for name in names]
+        columns = [[row[name] for row in rows] for name in HEAD_COLUMNS]
         heads.append(Head(encoder, *map(np.array, columns)))
     return heads
 

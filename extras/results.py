@@ -24,7 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
-from extras.claims import against_peers, all_claims, claims_table, numbers_table
+from extras.claims import (
+    against_peers,
+    all_claims,
+    claims_table,
+    compare_with_best,
+    numbers_table,
+)
 from extras.curves import lambda_figure, tradeoff_figure
 from extras.firing import TOLERANCE_MS, firing_table, table
 from extras.points import (
@@ -155,13 +161,10 @@ def search_table(folder) -> str:
     for path in sorted(folder.glob("any*/*-search-*.json")):
         point = read_point(path)
         config = point["config"]
-        key = (config["task"], config.get("by", "loss"), config["price"])
+        key = (config["task"], config["by"], config["price"])
         found.setdefault(key, []).append(point)
     rows = []
     for task, name in TASKS.items():
-        heads = load_heads(folder, "any", task, "any")
-        bests = [gain(task, head.test, 0).max() for head in heads]
-        best, _ = mean_and_sd(bests, [head.encoder for head in heads])
         for (of_task, by, price), points in sorted(found.items()):
             if of_task != task:
                 continue
@@ -178,11 +181,11 @@ def search_table(folder) -> str:
                     plus_minus(*lams, 2),
                     plus_minus(*periods, 0),
                     summary,
-                    f"{abs(best):.1f}",
+                    compare_with_best(folder, task, points),
                 ]
             )
     header = ["task", "by", "price", "heads", "λ found", "ms / token", "metric %"]
-    header += ["best of the forty, by test"]
+    header += ["beside the best of the forty, by test"]
     return table(header, rows)
 
 

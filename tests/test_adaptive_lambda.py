@@ -258,10 +258,10 @@ def test_the_best_metric_may_be_high_or_low():
 def test_search_uses_one_head_for_all_prices(run, monkeypatch, capsys):
     monkeypatch.setattr("finetune.LAMS_KEPT", 3)
     monkeypatch.setattr("finetune.RATES", 9)
-    found = run("--price", "0", "0.5", "1000", way="search")
+    found = run("--by", "loss", "--price", "0", "0.5", "1000", way="search")
     head = found.pop("pool-any-seed0.json")
     assert len(found) == 3
-    chosen = [found[f"pool-search-price{price}-seed0.json"] for price in ("0", "0.5", "1000")]
+    chosen = [found[f"pool-search-loss-price{price}-seed0.json"] for price in ("0", "0.5", "1000")]
     periods = [point["frame_period_ms"] for point in chosen]
     assert periods == sorted(periods)
     assert periods[-1] == head["rows"][-1]["frame_period_ms"]
@@ -278,10 +278,11 @@ def test_search_uses_one_head_for_all_prices(run, monkeypatch, capsys):
             "by": "loss",
             "price": point["config"]["price"],
         }
+        assert "--by loss" in point["command"]
     # The metric has a curve of its own.
-    found = run("--by", "metric", way="search")
+    found = run(way="search")
     point = found["pool-search-metric-price0-seed0.json"]
-    assert point["config"]["by"] == "metric" and "--by metric" in point["command"]
+    assert point["config"]["by"] == "metric"
     lowest = best_rate(head["rows"], errors_of(head["rows"], head["metric"]), 0)
     assert point["frame_period_ms"] == lowest["frame_period_ms"]
     # The head is there, and finetune.py would have made the same.
