@@ -20,7 +20,7 @@ Your own data: a TSV with a header row and the columns
     path     of a sound file, absolute or relative to the TSV
     text     for ctc and seq2seq; it is put into lower case
     label    for pool, one for each file
-    split    optional: train, valid or test
+    split    optional: train, valid or test (or validation, dev, …: SPLIT_WORDS)
 
 or a folder as Hugging Face's AudioFolder has it: with a table metadata.csv, whose columns are
 separated by commas and called file_name (relative to the table), and text or label; or for pool
@@ -49,8 +49,8 @@ from parts.data import SPLITS, Speech, from_files, load, sound_files
 KINDS = {"ctc": "CER", "seq2seq": "WER", "pool": "accuracy"}  # and the metric of each
 COLUMNS = {"ctc": "text", "seq2seq": "text", "pool": "label"}  # of a table, that holds the answers
 
-# Names of sub-folders that are splits: the words that Hugging Face takes for them.
-SPLIT_FOLDERS = {
+# Words for splits, in a column or as names of sub-folders: those that Hugging Face knows.
+SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "valid"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
@@ -321,9 +321,12 @@ def check_row(path, line, cells: dict, file_column, column) -> Row:
     file = path.parent / cells[file_column]
     if not file.is_file():
         raise ValueError(f"{where}: no such file: {file}")
-    split = cells.get("split", "")
-    if "split" in cells and split not in SPLITS:
-        raise ValueError(f"{where}: split is {split!r}, expected one of {', '.join(SPLITS)}")
+    split = ""
+    if "split" in cells:
+        word = cells["split"] or ""
+        split = SPLIT_WORDS.get(word.strip().lower())
+        if not split:
+            raise ValueError(f"{where}: split is {word!r}, expected one of {', '.join(SPLITS)}")
     return Row(where, cells[file_column], file, answer, split)
 
 
@@ -340,7 +343,7 @@ def read_label_folders(folder, column) -> list[Row]:
         raise ValueError(f"no sound file in {folder}, and no metadata.csv")
 
     # A label may be called "train", if others are not called like splits.
-    by_split = all(path.parts[0].lower() in SPLIT_FOLDERS for path in inside)
+    by_split = all(path.parts[0].lower() in SPLIT_WORDS for path in inside)
     depth = 3 if by_split else 2
     rows = []
     for path in inside:
@@ -349,7 +352,7 @@ def read_label_folders(folder, column) -> list[Row]:
                 f"{folder / path}: without a metadata.csv, every file lies in {folder}/LABEL, or "
                 f"every file in {folder}/train/LABEL, validation/LABEL or test/LABEL"
             )
-        split = SPLIT_FOLDERS[path.parts[0].lower()] if by_split else ""
+        split = SPLIT_WORDS[path.parts[0].lower()] if by_split else ""
         rows.append(Row(str(folder / path), str(path), folder / path, path.parts[-2], split))
     return rows
 
@@ -364,7 +367,7 @@ def split_by_folder(rows, folder) -> list[Row]:
         row.path = os.path.relpath(row.file, folder)
         parts = Path(row.path).parts
         if not row.split and len(parts) > 1:
-            row.split = SPLIT_FOLDERS.get(parts[0].lower(), "")
+            row.split = SPLIT_WORDS.get(parts[0].lower(), "")
     without = [row for row in rows if not row.split]
     if without and len(without) < len(rows):
         raise ValueError(

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 import finetune
-from parts.tasks import KINDS, SPLIT_FOLDERS, data_sha1, load_task
+from parts.tasks import KINDS, SPLIT_WORDS, data_sha1, load_task
 
 SPLIT_NAMES = {"train": "train", "validation": "valid", "test": "test"}  # as they are on the hub
 TEXTS = ["Hold the line, please", 'press "one"', "Ja", "привет"]
@@ -122,10 +122,14 @@ def test_folders_of_labels_lie_in_splits(tmp_path):
 
 
 def test_folders_of_splits_have_the_names_of_the_hub(tmp_path):
-    for name in SPLIT_FOLDERS:
+    for name in SPLIT_WORDS:
         sound(tmp_path / name.capitalize() / "x" / f"{name}.wav")
-    expected = [(f"{name}.wav", "x", split) for name, split in SPLIT_FOLDERS.items()]
+    expected = [(f"{name}.wav", "x", split) for name, split in SPLIT_WORDS.items()]
     assert found(load_task("pool", tmp_path)) == sorted(expected)
+    # A column split knows the same words.
+    lines = [f"{name.capitalize()}/x/{name}.wav\tx\t{name.upper()} " for name in SPLIT_WORDS]
+    (tmp_path / "same.tsv").write_text("\n".join(["path\tlabel\tsplit", *lines]))
+    assert found(load_task("pool", tmp_path / "same.tsv")) == sorted(expected)
 
 
 def test_a_label_may_be_called_train(tmp_path):
