@@ -7,6 +7,7 @@
     pretraining   a step by its parts; K values of λ a step; pretrain.py as it is, idle and beside
                   a busy process; a step at HuBERT Base's sizes beside the same step by a peer
     heads         a grid of heads at five λ beside one head for all rates, and beside λ learned
+                  (benchmark_heads.py)
 
 If only the Transformer gets faster, from t_0 seconds at λ = 0 to t_1 at λ = 1, the encoder as a
 whole can gain no more than (Amdahl)
@@ -45,35 +46,28 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from unittest import mock
 
-import numpy as np
 import torch
 import torchaudio
 from torch import nn
 from torch.nn.functional import cosine_similarity, l1_loss, logsigmoid
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer, timer
+from torch.utils.benchmark import timer
 from torch_cif import cif_function
 
-import adaptive_lambda
-import finetune
 import ofa_encoder
 import pretrain
 from cif import cif
-from extras.firing import table
+from extras.benchmark_heads import heads_section
+from extras.clock import interleaved, mib, ms, peak_bytes, show
 from ofa_encoder import PRESETS, SAMPLE_RATE, OFAEncoder, modify_alpha
 from parts import boundaries
-from parts.cache import FrameCache, HiddenStateCache
 from parts.data import batches
 from parts.runs import machine, pick_device, save_text, use_bf16
-from parts.tasks import load_task
 from parts.teachers import Wav2Vec2Teacher
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports each of its starts
 
 REPO = Path(__file__).parent.parent
 
@@ -93,72 +87,11 @@ RUN_STEPS = 60  # of pre-training in a run of its own
 STEP = (PRESETS["base"], 4, 4)  # student, utterances and seconds of the step beside a peer
 STEP_ON_CUDA = (PRESETS["base"], 24, 12)  # a batch of its own size: 4 x 4 s only waits for launches
 
-GRID = [0, 0.51, 0.78, 1.04, 1.53]  # λ of the heads beside which finding a rate is timed
-AT = 0.51  # λ of the head that is trained once λ has been learned
-HEADS = {"ctc": [], "seq2seq": ["--epochs", "40"], "pool": []}  # flags of adaptive_lambda.py
-SHARE = 4  # one utterance of so many is in a timed epoch, one rate of so many in a timed test
-
 # What the libraries do unless told otherwise, to compare with what parts/__init__.py tells them.
 LIBRARY_DEFAULTS = {"GOMP_SPINCOUNT": "300000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}
 
 
-# 1. Clock, memory and tables.
-
-
-def interleaved(calls, repeats) -> dict[str, float]:
-    """Median seconds of each call: {name: function} -> {name: seconds}.
-
-    Each round times all of them, each round in another order, so that neither a slow moment nor
-    memory that has just been freed favours one. Timer makes a call before it counts, repeats short
-    ones until the clock's own time does not matter, and waits for a GPU.
-    """
-    threads = torch.get_num_threads()  # Timer would take one
-    timers = {
-        name: Timer("call()", globals={"call": call}, num_threads=threads)
-        for name, call in calls.items()
-    }
-    times = defaultdict(list)
-    for seed in range(repeats):
-        for name in random.Random(seed).sample(list(timers), len(timers)):
-            times[name].append(timers[name].blocked_autorange(min_run_time=0.02).median)
-    return {name: median(times[name]) for name in calls}
-
-
-def peak_bytes(call, device) -> float:
-    """The most memory held at once during a call, beyond what was held before.
-
-    On CUDA the allocator counts. On a CPU it is the running sum of what tensors allocate and free,
-    as torch.profiler saw it, without what oneDNN sets aside inside a call. NaN on other devices.
-    """
-    call()  # what is cached for good is not counted
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    if device.type != "cpu":
-        return float("nan")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        call()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in events), initial=0))
-
-
-def show(title, header, rows):
-    """Print a Markdown table below its title."""
-    print(f"\n{title}\n\n{table(header, rows)}", flush=True)
-
-
-def ms(seconds) -> str:
-    return f"{1e3 * seconds:.{0 if seconds > 0.1 else 2}f}"
-
-
-def mib(size) -> str:
-    return f"{size / 2**20:.{0 if size > 2**27 else 1}f}"
-
-
-# 2. CIF.
+# 1. CIF.
 
 
 def cif_section(device, repeats) -> dict:
@@ -310,7 +243,7 @@ def cif_cells(row) -> list[str]:
     ]
 
 
-# 3. The encoder.
+# 2. The encoder.
 
 
 @torch.no_grad()
@@ -386,7 +319,7 @@ def encoder_cells(row) -> list[str]:
     ]
 
 
-# 4. Pre-training.
+# 3. Pre-training.
 
 
 def pretraining_section(device, repeats) -> dict:
@@ -537,7 +470,7 @@ def cost_of_lams(pretraining, repeats) -> dict:
     return {"step_s": step_s, "ratio": step_s[3] / step_s[1]}
 
 
-# 5. pretrain.py in a process of its own.
+# 4. pretrain.py in a process of its own.
 
 
 def idle_and_busy() -> dict:
@@ -600,7 +533,7 @@ def busy_process():
         process.wait()
 
 
-# 6. A step at HuBERT Base's sizes, beside the same step by a peer.
+# 5. A step at HuBERT Base's sizes, beside the same step by a peer.
 
 
 def plain(config, layers):
@@ -721,99 +654,6 @@ def step_against_peer(device, repeats, bf16) -> dict:
         rows,
     )
     return {"peer": student.name, "bf16": bf16, "s": s, "peak_bytes": peak}
-
-
-# 5. Finding a rate.
-
-
-def heads_section(device, repeats) -> list:
-    rows = []
-    for task, flags in HEADS.items():
-        flags = ["--task", task, *flags, "--device", device.type]
-        args = adaptive_lambda.build_parser().parse_args(flags)
-        finetune.check(args)
-        rows.append({"task": task, **measure_heads(args, repeats)})
-    show(
-        "Finding a rate: minutes for heads at five λ, and what other ways take beside them; in "
-        "brackets the search's test at forty rates included, goal: ≤ 1",
-        ["task", "five heads", "one head for all rates ×", "by differences ×", "by autograd ×"],
-        [head_cells(row) for row in rows],
-    )
-    return rows
-
-
-def measure_heads(args, repeats) -> dict:
-    """Seconds of each way, put together from epochs that are timed in turn."""
-    task = load_task(args.task, args.data, args.root)
-    encoder = OFAEncoder.from_checkpoint(args.checkpoint).to(args.device)
-    encoder.requires_grad_(False)
-    frames = FrameCache(task.speech, encoder, args.device)
-
-    def states_at(lam, keep=True, told=False):
-        return HiddenStateCache(
-            task.speech, "encoder", encoder, lam, args.device, frames, keep, told
-        )
-
-    grid = {lam: states_at(lam) for lam in GRID}
-    any_rate = [states_at(lam, told=True) for lam in finetune.lams_to_learn()]
-    tested = [states_at(lam, False, True) for lam in finetune.lams_to_test(encoder)[::SHARE]]
-
-    # λ does not rest, so that every epoch of learning it costs what most of them do.
-    args.freeze = 0
-    learned = {
-        "differences": adaptive_lambda.MeasuredLam(args, task, frames, AT),
-        "autograd": adaptive_lambda.LearnedLam(args, task, frames, AT),
-    }
-    sources = {"any": any_rate}
-    sources |= {lam: [states] for lam, states in grid.items()}
-    sources |= {way: [states] for way, states in learned.items()}
-    lessons = {name: finetune.make_lesson(args, task, each) for name, each in sources.items()}
-    epochs = {name: one_epoch(args, lesson) for name, lesson in lessons.items()}
-    epoch_s = {name: SHARE * s for name, s in interleaved(epochs, repeats).items()}
-
-    started = timer()
-    finetune.test_at_all_rates(lessons["any"], tested)
-    test_s = SHARE * (timer() - started)
-
-    encode_s = {lam: states.seconds for lam, states in grid.items()}
-    own = {lam: encode_s[lam] + args.epochs * epoch_s[lam] for lam in GRID}
-    seconds = {
-        "grid": frames.seconds + sum(own.values()),
-        "any": frames.seconds
-        + sum(states.seconds for states in any_rate)
-        + args.epochs * epoch_s["any"],
-    }
-    for way in learned:
-        seconds[way] = frames.seconds + args.lam_epochs * epoch_s[way] + own[AT]
-    seconds["search"] = seconds["any"] + test_s
-    return {
-        "seconds": seconds,
-        "of_grid": {way: s / seconds["grid"] for way, s in seconds.items()},
-        "epoch_s": epoch_s,
-        "test_s": test_s,
-    }
-
-
-def one_epoch(args, lesson):
-    """A function that trains the lesson's head for an epoch of one utterance in SHARE."""
-    lesson.order["train"] = lesson.order["train"][::SHARE]
-    lesson.trainable.begin(lesson)
-    optimizer, _ = finetune.make_optimizer(args, lesson)
-    # With a learning rate of 0 the last round takes the same steps as the first.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
-    random = np.random.default_rng(0)
-    return lambda: finetune.train_epoch(args, lesson, optimizer, schedule, random)
-
-
-def head_cells(row) -> list[str]:
-    of_grid = row["of_grid"]
-    return [
-        row["task"],
-        f"{row['seconds']['grid'] / 60:.1f}",
-        f"{of_grid['any']:.2f} ({of_grid['search']:.2f})",
-        f"{of_grid['differences']:.2f}",
-        f"{of_grid['autograd']:.2f}",
-    ]
 
 
 SECTIONS = {

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from cif import cif
-from extras import benchmark
-from extras.benchmark import busy_process, idle_and_busy, interleaved, peak_bytes, run_pretrain
+from extras import benchmark, benchmark_heads
+from extras.benchmark import busy_process, idle_and_busy, run_pretrain
+from extras.clock import interleaved, peak_bytes
 from ofa_encoder import PRESETS, frames_of
 
 REPO = Path(__file__).parent.parent
@@ -158,16 +159,16 @@ def test_heads(run, folder, monkeypatch):
     Path("spoken.tsv").write_text("\n".join(rows) + "\n")
     flags = ["--data", "spoken.tsv", "--epochs", "3", "--lam-epochs", "2"]
     flags += ["--checkpoint", str(REPO / "checkpoints/ofa-tiny.pt")]
-    monkeypatch.setattr(benchmark, "HEADS", {"pool": flags})
+    monkeypatch.setattr(benchmark_heads, "HEADS", {"pool": flags})
     content, printed = run("heads")
     (row,) = content["heads"]
     seconds, epoch_s = row["seconds"], row["epoch_s"]
     assert min(numbers([seconds, epoch_s, row["test_s"]])) > 0
-    assert seconds["grid"] > 3 * sum(epoch_s[str(lam)] for lam in benchmark.GRID)
+    assert seconds["grid"] > 3 * sum(epoch_s[str(lam)] for lam in benchmark_heads.GRID)
     assert seconds["any"] > 3 * epoch_s["any"]
     assert seconds["search"] == pytest.approx(seconds["any"] + row["test_s"])
     for way in ("differences", "autograd"):
-        assert seconds[way] > 2 * epoch_s[way] + 3 * epoch_s[str(benchmark.AT)]
+        assert seconds[way] > 2 * epoch_s[way] + 3 * epoch_s[str(benchmark_heads.AT)]
         assert row["of_grid"][way] == pytest.approx(seconds[way] / seconds["grid"])
     assert f"{row['of_grid']['any']:.2f} ({row['of_grid']['search']:.2f})" in printed
 
