@@ -35,7 +35,7 @@ In both of the last two λ = 1.99 σ(r), and r is the parameter: 0 < λ < 2 what
 does. λ rests for the first steps (--freeze): a head that knows nothing yet, above all one under CTC
 that emits only blanks, gives it a slope of noise. λ has its own learning rate, which falls to 0
 with that of the head, and no weight decay. Then the head is thrown away, having seen λ change all
-the way, and a new one is trained at the learned λ by finetune.py.
+the way, and a new one is trained at the learned λ, as finetune.py would.
 
 **too short**, added to the loss under CTC. An utterance with fewer tokens than its text needs has
 an infinite loss, which is usually replaced by 0 (zero_infinity). So as λ grows, the hardest
@@ -47,6 +47,8 @@ for how many CTC needs:
 
     too short = ln(symbols + 1) · share of the utterances that are too short
     autograd:   ln(symbols + 1) · mean over utterances of relu(n - Σ α′) / n
+
+(The CTC part of seq2seq's loss is not charged: its texts are words, far fewer than tokens.)
 
 **price.** Tokens per frame are 1 at λ = 0, which the price makes dearer by all of it, and about
 0.22 at λ = 1. The dearer tokens are, the longer the best ones.
@@ -62,6 +64,7 @@ import parts  # noqa: F401  before torch: it sets how the threads of torch wait
 
 # isort: split
 import argparse
+import json
 import math
 import sys
 import time
@@ -83,6 +86,7 @@ from parts.runs import (
     cost_of,
     read_point,
     save_point,
+    save_text,
     warning,
 )
 
@@ -91,7 +95,7 @@ LIMIT = 1.99  # of λ: at 2, α′ is 0 and nothing fires
 LEAST_DELTA = 0.001  # below it, differences of float32 losses are noise
 SMOOTH = 3  # rates on each side over which the curve is smoothed
 
-# Flags that finetune.py does not have; the last four are of no use to a search.
+# Flags that finetune.py does not have; the first four are of no use to a search.
 OF_LEARNING = ("lam_epochs", "lam_lr", "freeze", "delta")
 OWN = {"way", "by", "price", *OF_LEARNING}
 
@@ -108,9 +112,9 @@ def build_parser():
     add = parser.add_argument
     ways = ("search", "differences", "autograd")
     add("--way", choices=ways, default="search", help="how λ is found: see the top of this file")
-    by = "what a search compares on validation; the other ways learn λ by its loss"
+    by = "what a search compares on validation; the other ways learn λ by the head's loss"
     add("--by", choices=("metric", "loss"), default="metric", help=by)
-    price = "each price of a token per frame, of which λ = 0 has 1: in points of the metric for a "
+    price = "each price of a token for every frame, as λ = 0 has it: in points of the metric for a "
     price += "search by the metric, elsewhere added to the loss"
     add("--price", type=float, nargs="+", default=[0.0], help=price)
     add = parser.add_argument_group("for --way differences and autograd").add_argument
@@ -127,7 +131,7 @@ def check(args):
     """Refuse flags that can't be met, by ValueError; settle the others as finetune.check does."""
     if args.features != "encoder" or args.unfreeze:
         raise ValueError(
-            "λ is learned on a frozen, pre-trained encoder: "
+            "λ is found on a frozen, pre-trained encoder: "
             "--features and --unfreeze are for finetune.py"
         )
     if args.way == "search":
@@ -142,7 +146,7 @@ def check(args):
         raise ValueError("--delta is for --way differences: leave it out")
     elif args.by != build_parser().get_default("by"):
         raise ValueError(
-            f"--by is for --way search, --way {args.way} learns λ by its loss: leave it out"
+            f"--by is for --way search, --way {args.way} learns λ by the loss: leave it out"
         )
     elif "any" in args.lam:
         raise ValueError(f"--lam any is no λ to start from: for --way {args.way} name some")
@@ -150,7 +154,8 @@ def check(args):
     if args.way != "search" and not all(0 < lam < LIMIT for lam in args.lam):
         starts = " ".join(f"{lam:g}" for lam in args.lam)
         raise ValueError(
-            f"--lam {starts}: λ = {LIMIT} σ(r) can't start from an end of the scale; try 0.05, say"
+            f"--lam {starts}: λ = {LIMIT} σ(r) can't start from an end of the scale; "
+            f"try 0.05 to {LIMIT - 0.05:g}"
         )
     check_numbers(args, "lam_epochs")
     check_numbers(args, "lam_lr", "freeze", zero=True)
@@ -224,11 +229,14 @@ def search(args, encoder, task, config):
             found = {"way": "search", "by": args.by, "price": price}
             point = {**head, **row, "config": {**head["config"], **found}}
             # The head's point says these of λ = 0, not of the λ that was found.
-            for name in ("rows", "tokens", "guessing", "infeasible_train", "examples"):
+            of_lam_0 = ["rows", "tokens", "encode_s", "guessing", "infeasible_train", "examples"]
+            for name in [*of_lam_0, f"test {task.second}"]:
                 point.pop(name, None)
             point["command"] = command_of(args, "any", price, seed)
             stem = f"{args.task}-search-{args.by}-price{price:g}-seed{seed}"
-            save_point(path.with_name(f"{stem}.json"), point, args.device)
+            # Nothing was computed anew: commit, machine and date stay those of the head.
+            text = json.dumps(point, indent=1, ensure_ascii=False)
+            save_text(text, path.with_name(f"{stem}.json"))
             print(
                 f"price {price:g}, seed {seed}: λ = {row['lam']:.3f} "
                 f"({row['frame_period_ms']:.1f} ms), test {task.metric} {row['test']:.1f} %"
@@ -252,7 +260,7 @@ def command_of(args, lam, price, seed) -> str:
 class LearnedLam(TrainableSource):
     """λ as a parameter, and the hidden states at it; for finetune.train. Its slope: autograd's.
 
-    args: flags, of which it reads way, lam_lr, freeze and delta
+    args: flags, of which it reads lam_lr, freeze, delta and symbols_per_token
     task: for how many tokens each text needs
     frames: the CNN's, of the frozen encoder
     start: λ to begin with, inside (0, LIMIT)
@@ -373,11 +381,6 @@ def main():
     args = parser.parse_args()
     check(args)
     encoder, task, config = finetune.prepare(args)
-    if encoder.config.compression != "cif":
-        raise ValueError(
-            f"{args.checkpoint} has one fixed rate ({encoder.config.compression}): "
-            "there is no λ to learn"
-        )
     if args.way == "search":
         search(args, encoder, task, config)
         return

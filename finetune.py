@@ -528,8 +528,8 @@ def prepare(args):
             encoder = Rival(encoder, args.features).to(args.device).eval()
         if encoder.config.compression != "cif" and any(args.lam):  # a λ over 0, or "any"
             raise ValueError(
-                f"{args.checkpoint} has one fixed rate ({encoder.config.compression}): "
-                "leave --lam at 0"
+                f"{args.checkpoint} has one fixed rate ({encoder.config.compression}) and no λ: "
+                "finetune.py takes it with --lam 0"
             )
         if args.features == "random":
             torch.manual_seed(0)

@@ -5,10 +5,11 @@ one utterance in SHARE, in turn with those of the others, and the seconds are pu
 
     grid          frames + for each of five λ: hidden states + epochs · epoch
     any           frames + hidden states at all λ that are kept + epochs · epoch
-    search        any + test at forty rates
-    learned       frames + epochs in which λ is learned · epoch + one of the five of the grid
+    search        any + forty rates
+    learned       frames + epochs in which λ is learned, from one start · epoch + one of the five
 
-frames: the CNN's of all speech; hidden states: of all speech at a λ, computed once.
+frames: the CNN's of all speech; hidden states: of all speech at a λ; forty rates: validation and
+test speech at each, one rate in SHARE, timed once. Left out: validation now and then in training.
 
     python -m extras.benchmark heads --repeats 3
 """
@@ -39,7 +40,7 @@ def heads_section(device, repeats) -> list:
         rows.append({"task": task, **measure_heads(args, repeats)})
     show(
         "Finding a rate: minutes for heads at five λ, and what other ways take beside them; in "
-        "brackets the search's test at forty rates included, goal: ≤ 1",
+        "brackets the search's forty rates included, goal: ≤ 1",
         ["task", "five heads", "one head for all rates ×", "by differences ×", "by autograd ×"],
         [head_cells(row) for row in rows],
     )
@@ -60,7 +61,6 @@ def measure_heads(args, repeats) -> dict:
 
     grid = {lam: states_at(lam) for lam in GRID}
     any_rate = [states_at(lam, told=True) for lam in finetune.lams_to_learn()]
-    tested = [states_at(lam, False, True) for lam in finetune.lams_to_test(encoder)[::SHARE]]
 
     # λ does not rest, so that every epoch of learning it costs what most of them do.
     args.freeze = 0
@@ -76,6 +76,7 @@ def measure_heads(args, repeats) -> dict:
     epoch_s = {name: SHARE * s for name, s in interleaved(epochs, repeats).items()}
 
     started = timer()
+    tested = [states_at(lam, False, True) for lam in finetune.lams_to_test(encoder)[::SHARE]]
     finetune.test_at_all_rates(lessons["any"], tested)
     test_s = SHARE * (timer() - started)
 

@@ -11,7 +11,7 @@ anew 2,000 times. Encoders are drawn with replacement, and each counts with the 
 if a side has only one encoder, its heads are drawn instead. (Two sides that have the same encoders,
 and several, are given the same draw.) Scores are those on one of 200 resampled test splits
 (scores.bootstrap), the same for both models. The interval is what the middle 95 % of these
-differences lie in. A difference whose interval holds 0 is not called one. Of n encoders, or heads,
+differences lie in. Where it holds 0, no difference has been shown. Of n encoders, or heads,
 n - 1 are drawn: means of n drawn from so few would vary too little, by the factor (n - 1) / n in
 their variance. (Of one, one: how much it owes to its seed is then left out.)
 
@@ -152,7 +152,10 @@ def verdict_better(differences) -> str:
     """Whether ours is surely better everywhere."""
     if not differences:
         return "not measured"
-    return "yes" if all(d.low > 0 for d in differences) else "not everywhere"
+    surely = [d for d in differences if d.low > 0]
+    if not surely:
+        return "no"
+    return "yes" if surely == differences else "not everywhere"
 
 
 def claim(text, command, differences, verdict) -> dict:
@@ -284,7 +287,7 @@ def lam_is_learned(folder) -> dict:
     """λ learned beside a head, from several starts, with a slope by differences."""
     return one_lam(
         folder,
-        "λ learned from three starts ends at one rate, as good as the best, sooner than by a grid",
+        "λ learned is one rate from three starts, as good as the best, each sooner than a grid",
         "learned-differences/{task}-differences-price0-*.json",
         "differences",
         "make points-any points-learned times",
@@ -296,7 +299,7 @@ def one_lam(folder, text, pattern, way, command, within) -> dict:
     """Runs that each end with one λ: do they agree, is it good, is it cheap?
 
     pattern: of the files of these runs, where {task} stands for the task; way: how λ was found;
-    within: the share of a frame period by which a run may be off their median.
+    within: the share of the median frame period by which a run may be off it.
     """
     # Points were computed on several machines, so times are those of one run of the benchmark.
     times = folder / "benchmark-heads.json"
@@ -461,7 +464,7 @@ def main():
     parser.add_argument("folder", nargs="?", default="results", help="where the points are")
     folder = Path(parser.parse_args().folder)
     if not any(folder.glob("*/*.json")):
-        raise ValueError(f"no points under {folder}: compute them with `make sweep`")
+        raise ValueError(f"no points under {folder}: `make sweep RESULTS={folder}` computes them")
     claims = all_claims(folder)
     text = json.dumps(claims, indent=1, ensure_ascii=False)
     save_text(text + "\n", folder / "claims.json")

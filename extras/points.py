@@ -90,7 +90,7 @@ def load_points(folder) -> dict[Setting, list[dict]]:
                 f"({', '.join(sorted(differ))} differ)"
             )
     if not points:
-        raise ValueError(f"no points under {folder}: compute them with `make sweep`")
+        raise ValueError(f"no points under {folder}: `make sweep RESULTS={folder}` computes them")
     return points
 
 
@@ -107,7 +107,7 @@ class Summary:
         def mean(name):
             return mean_sd(name)[0]
 
-        self.encoders = len(set(encoders))
+        self.encoders = len(set(encoders) - {None})
         self.heads = len(points)
         self.test, self.sd = mean_sd("test")
         self.valid = mean("valid")

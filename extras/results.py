@@ -92,7 +92,7 @@ def tradeoff_table(points, task) -> str:
 
     rows = []
     for name, lam, summary in named:
-        has_encoder = summary.gflops > 0
+        has_encoder = summary.encoders > 0
         period = f"{summary.period:.1f}" if has_encoder else ""
         gflops = f"{summary.gflops:.3f}" if has_encoder else ""
         short = f"{summary.infeasible:.0f} %" if task == "ctc" else ""
@@ -285,8 +285,8 @@ def page(points, folder) -> str:
     if claims:
         text += [
             "## Claims",
-            "Differences are in points of the metric, + where the first is better, with the "
-            "interval in which 95 % of them lie (extras/claims.py).",
+            "Differences are in points of the metric, + where the first is better, with 95 % "
+            "intervals (extras/claims.py).",
             claims_table(claims),
         ]
         for entry in claims:

@@ -736,7 +736,7 @@ ROWS = [
     (
         "results of no points",
         "extras.results no-points",
-        "no points under no-points: compute them with `make sweep`",
+        "no points under no-points: `make sweep RESULTS=no-points` computes them",
     ),
     ("results of nothing", "extras.results nowhere", "no points under nowhere"),
     ("a page of nothing", "extras.listen nowhere.pt x.html", "no checkpoint at nowhere.pt"),

@@ -69,14 +69,15 @@ def points(tmp_path):
     """A curve of two λ, a peer, a learned λ with and without a price, and log-mels; two seeds."""
     for task in TASKS:
         for seed in (0, 1):
-            of_all = {"task": task, "seed": seed}
+            of_all = {"task": task, "seed": seed, "checkpoint_sha1": "e"}
             write_point(tmp_path, "ofa", 40.0 + seed, 20, lam=0.0, **of_all)
             write_point(tmp_path, "ofa", 50.0 + seed, 40, lam=1.0, **of_all)
             write_point(tmp_path, "average2", 44.0 + seed, 30, lam=0.0, **of_all)
             learned = {"start": 0.1, "price": 0.0, **of_all}
             write_point(tmp_path, "learned-autograd", 41.0 + seed, 27, **learned)
             write_point(tmp_path, "learned-differences", 39.0 + seed, 25, **learned)
-        write_point(tmp_path, "learned-autograd", 43.0, 36, start=0.1, price=3.0, task=task)
+        dear = {"start": 0.1, "price": 3.0, "task": task, "checkpoint_sha1": "e"}
+        write_point(tmp_path, "learned-autograd", 43.0, 36, **dear)
         write_point(tmp_path, "baselines", 70.0, 20, features="logmel", lam=0.0, task=task)
     return tmp_path
 
@@ -86,6 +87,7 @@ def test_tables_by_hand(points, monkeypatch, capsys):
     assert text.strip() == capsys.readouterr().out.strip()
     text = re.sub(" +", " ", text)  # without what makes columns line up
     assert "| once-for-all | 0.0 | 20.0 | 0.100 | 40.5 ± 0.7 | 1 | 2 | 2 | 10 % |" in text
+    assert "| log-mel | | | | 70.0 | 0 | 1 | 2 | 10 % |" in text
     # The best of the grid has the lowest error rate, or the highest mAP.
     learned = "| autograd | 0.1 | 0 | 2 | 0.70 ± 0.00 | 27 | 41.5 ± 0.7"
     assert f"| characters (CTC) {learned} | 40.5 ± 0.7 at 0 | -1.0 |" in text
