@@ -172,7 +172,8 @@ def check(args):
 
 
 def best_rate(rows, values, price) -> dict:
-    """The row where its value, and the price of its tokens, are lowest, once the curve is smooth.
+    """The row where its value, and the price of its tokens, are lowest, once the curve is smooth;
+    of several that are, as where nothing is wrong at any rate, the one with the longest tokens.
 
     rows: of finetune.test_at_all_rates, in the order of their λ; values: what is to be low, for
     each; price: of a token per frame, in the unit of the values.
@@ -181,7 +182,9 @@ def best_rate(rows, values, price) -> dict:
     for row, value in zip(rows, values):
         tokens_per_frame = FRAME_MS / row["frame_period_ms"]
         priced.append(value + price * tokens_per_frame)
-    return rows[int(np.argmin(smooth(priced)))]
+    curve = smooth(priced)
+    lowest = np.flatnonzero(curve < curve.min() + 1e-9)
+    return rows[lowest[-1]]
 
 
 def losses_of(rows, task) -> list[float]:
