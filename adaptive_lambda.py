@@ -25,25 +25,25 @@ autograd     The paper's way: λ is a parameter, learned with a head, and its gr
                  loss → hidden states → tokens → widths of CIF's pieces → α′ → λ
 
 Why not autograd alone? Over λ an utterance's loss is a sawtooth. As λ grows, the edges of all
-tokens slide on, and the last token, the tail, shrinks until it is worth less than half a token and
-is dropped. Between two such drops lies a tooth: there the loss is continuous and autograd is exact.
-From tooth to tooth the loss jumps, and autograd never sees the jumps. It returns the slope of the
-teeth, and the trend over many teeth may have the opposite sign (notebook 4 shows it). Differences
-over a step wider than a tooth see both.
+tokens slide on, and the last token, the tail, shrinks until it is worth less than half a token
+and is dropped. Between two such drops lies a tooth: there the loss is continuous and autograd
+is exact. From tooth to tooth the loss jumps, and autograd never sees the jumps. It returns the
+slope of the teeth, and the trend over many teeth may have the opposite sign (notebook 4 shows
+it). Differences over a step wider than a tooth see both.
 
 In both of the last two λ = 1.99 σ(r), and r is the parameter: 0 < λ < 2 whatever the optimiser
-does. λ rests for the first steps (--freeze): a head that knows nothing yet, above all one under CTC
-that emits only blanks, gives it a slope of noise. λ has its own learning rate, which falls to 0
-with that of the head, and no weight decay. Then the head is thrown away, having seen λ change all
-the way, and a new one is trained at the learned λ, as finetune.py would.
+does. λ rests for the first steps (--freeze): a head that knows nothing yet, above all one under
+CTC that emits only blanks, gives it a slope of noise. λ has its own learning rate, which falls
+to 0 with that of the head, and no weight decay. Then the head is thrown away, having seen λ
+change all the way, and a new one is trained at the learned λ, as finetune.py would.
 
-**too short**, added to the loss under CTC. An utterance with fewer tokens than its text needs has
-an infinite loss, which is usually replaced by 0 (zero_infinity). So as λ grows, the hardest
-utterances no longer count, the loss falls, and λ has no reason to come back. In its place goes the
-loss of an answer in which all symbols and the blank are equally likely, ln(symbols + 1). (The
-head's loss, too, is per symbol of the text, and averaged over utterances.) A count has no gradient,
-so under autograd each missing token is charged instead, with Σ α′ for the number of tokens, and n
-for how many CTC needs:
+**too short**, added to the loss under CTC. An utterance with fewer tokens than its text needs
+has an infinite loss, which is usually replaced by 0 (zero_infinity). So as λ grows, the hardest
+utterances no longer count, the loss falls, and λ has no reason to come back. In its place goes
+the loss of an answer in which all symbols and the blank are equally likely, ln(symbols + 1).
+(The head's loss, too, is per symbol of the text, and averaged over utterances.) A count has no
+gradient, so under autograd each missing token is charged instead, with Σ α′ for the number of
+tokens, and n for how many CTC needs:
 
     too short = ln(symbols + 1) · share of the utterances that are too short
     autograd:   ln(symbols + 1) · mean over utterances of relu(n - Σ α′) / n
@@ -53,8 +53,9 @@ for how many CTC needs:
 **price.** Tokens per frame are 1 at λ = 0, which the price makes dearer by all of it, and about
 0.22 at λ = 1. The dearer tokens are, the longer the best ones.
 
-Source: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech models",
-ICASSP 2023: λ learned with the task. What is too short, price, freeze and the other ways are ours.
+Source: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech
+models", ICASSP 2023: λ learned with the task. What is too short, price, freeze and the other
+ways are ours.
 
     python adaptive_lambda.py --price 0 5 10     characters: one head, and the best λ at each price
     python adaptive_lambda.py --way autograd --task pool --lam 0.1 1.2 --out runs/adaptive

@@ -14,14 +14,14 @@ whole can gain no more than (Amdahl)
 
     bound = whole_0 / (whole_0 - (t_0 - t_1))
 
-Goals stand in brackets beside what is measured. Ratios hold on other machines too, seconds do not:
-what is compared runs in one process, on the same tensors, interleaved. torch.utils.benchmark keeps
-the clock. After `pip install --no-deps s3prl`, the peer of the last table is DistilHuBERT's own
-code; otherwise it is made of torchaudio's modules. cif_v1 is there after `pip install --no-deps
-funasr` alone.
+Goals stand in brackets beside what is measured. Ratios hold on other machines too, seconds do
+not: what is compared runs in one process, on the same tensors, interleaved.
+torch.utils.benchmark keeps the clock. After `pip install --no-deps s3prl`, the peer of the last
+table is DistilHuBERT's own code; otherwise it is made of torchaudio's modules. cif_v1 is there
+after `pip install --no-deps funasr` alone.
 
-Large results cost time even before they are computed: Linux' C library gives large blocks back at
-once, so that mapping them again can cost more than the sums. It keeps them with
+Large results cost time even before they are computed: Linux' C library gives large blocks back
+at once, so that mapping them again can cost more than the sums. It keeps them with
 MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=17179869184 in the environment.
 
     python -m extras.benchmark                     all of it, minutes: leave the machine alone

@@ -5,15 +5,15 @@
     results/claims.json            a list of claims: each with its numbers, the command that makes
                                    the points, and a verdict
 
-A difference between two models owes something to the seeds of pre-training, something to the seeds
-of the heads, and something to the utterances that happen to be in the test split. So it is made
-anew 2,000 times. Encoders are drawn with replacement, and each counts with the mean of its heads;
-if a side has only one encoder, its heads are drawn instead. (Two sides that have the same encoders,
-and several, are given the same draw.) Scores are those on one of 200 resampled test splits
-(scores.bootstrap), the same for both models. The interval is what the middle 95 % of these
-differences lie in. Where it holds 0, no difference has been shown. Of n encoders, or heads,
-n - 1 are drawn: means of n drawn from so few would vary too little, by the factor (n - 1) / n in
-their variance. (Of one, one: how much it owes to its seed is then left out.)
+A difference between two models owes something to the seeds of pre-training, something to the
+seeds of the heads, and something to the utterances that happen to be in the test split. So it
+is made anew 2,000 times. Encoders are drawn with replacement, and each counts with the mean of
+its heads; if a side has only one encoder, its heads are drawn instead. (Two sides that have the
+same encoders, and several, are given the same draw.) Scores are those on one of 200 resampled
+test splits (scores.bootstrap), the same for both models. The interval is what the middle 95 %
+of these differences lie in. Where it holds 0, no difference has been shown. Of n encoders, or
+heads, n - 1 are drawn: means of n drawn from so few would vary too little, by the factor (n -
+1) / n in their variance. (Of one, one: how much it owes to its seed is then left out.)
 
 A curve is read between two of its rates by linear interpolation in the frame period.
 
