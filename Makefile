@@ -23,7 +23,7 @@ STEPS = $(if $(filter mfcc,$(TEACHER)),1200,400)
 TASKS = pool ctc seq2seq
 RESULTS = runs/results
 
-# Encoders, by name. Those with -seed1 and -seed2 are pre-trained with these seeds.
+# Encoders, by name. Those with -seed1, -seed2, … are pre-trained with these seeds.
 OFA = ofa ofa-seed1 ofa-seed2
 SEGMENTS = segments segments-seed1 segments-seed2 k3 k3-seed1 k3-seed2
 PEERS = none none-seed1 none-seed2 none-seed3 none-seed4 lam1.04 lam1.04-seed1 lam1.04-seed2 \

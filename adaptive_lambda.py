@@ -65,7 +65,6 @@ import parts  # noqa: F401  before torch: it sets how the threads of torch wait
 
 # isort: split
 import argparse
-import json
 import math
 import sys
 import time
@@ -87,8 +86,8 @@ from parts.runs import (
     cost_of,
     read_point,
     save_point,
-    save_text,
     warning,
+    write_point,
 )
 
 STARTS = (0.1, 0.6, 1.2)  # of λ, where it is learned
@@ -96,9 +95,13 @@ LIMIT = 1.99  # of λ: at 2, α′ is 0 and nothing fires
 LEAST_DELTA = 0.001  # below it, differences of float32 losses are noise
 SMOOTH = 3  # rates on each side over which the curve is smoothed
 
-# Flags that finetune.py does not have; the first four are of no use to a search.
-OF_LEARNING = ("lam_epochs", "lam_lr", "freeze", "delta")
-OWN = {"way", "by", "price", *OF_LEARNING}
+# Flags that finetune.py does not have, and those of them that a way has no use for.
+OWN = {"way", "by", "price", "lam_epochs", "lam_lr", "freeze", "delta"}
+UNUSED = {
+    "search": ("lam_epochs", "lam_lr", "freeze", "delta"),
+    "differences": ("by",),
+    "autograd": ("by", "delta"),
+}
 
 
 # 1. The command line: that of finetune.py, and what learning λ needs.
@@ -122,9 +125,7 @@ def build_parser():
     add("--lam-epochs", type=int, default=25, help="epochs for which λ is learned")
     add("--lam-lr", type=float, default=0.02, help="learning rate of r, where λ = 1.99 σ(r)")
     add("--freeze", type=int, default=200, help="steps for which λ rests where it starts")
-    add(
-        "--delta", type=float, default=0.1, help="δ, half the step of differences; not for autograd"
-    )
+    add("--delta", type=float, default=0.1, help="δ, half the step of --way differences")
     return parser
 
 
@@ -138,19 +139,13 @@ def check(args):
     if args.way == "search":
         if args.lam not in (["any"], list(STARTS)):
             raise ValueError("--lam is where λ starts, and --way search has no start: leave it out")
-        for name in OF_LEARNING:
-            if getattr(args, name) != build_parser().get_default(name):
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} is for --way differences and autograd: leave it out")
         args.lam = ["any"]
-    elif args.way == "autograd" and args.delta != build_parser().get_default("delta"):
-        raise ValueError("--delta is for --way differences: leave it out")
-    elif args.by != build_parser().get_default("by"):
-        raise ValueError(
-            f"--by is for --way search, --way {args.way} learns λ by the loss: leave it out"
-        )
     elif "any" in args.lam:
         raise ValueError(f"--lam any is no λ to start from: for --way {args.way} name some")
+    for name in UNUSED[args.way]:
+        if getattr(args, name) != build_parser().get_default(name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--way {args.way} has no use for --{flag}: leave it out")
     finetune.check(args)
     if args.way != "search" and not all(0 < lam < LIMIT for lam in args.lam):
         starts = " ".join(f"{lam:g}" for lam in args.lam)
@@ -239,8 +234,7 @@ def search(args, encoder, task, config):
             point["command"] = command_of(args, "any", price, seed)
             stem = f"{args.task}-search-{args.by}-price{price:g}-seed{seed}"
             # Nothing was computed anew: commit, machine and date stay those of the head.
-            text = json.dumps(point, indent=1, ensure_ascii=False)
-            save_text(text, path.with_name(f"{stem}.json"))
+            write_point(path.with_name(f"{stem}.json"), point)
             print(
                 f"price {price:g}, seed {seed}: λ = {row['lam']:.3f} "
                 f"({row['frame_period_ms']:.1f} ms), test {task.metric} {row['test']:.1f} %"

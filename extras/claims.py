@@ -12,8 +12,8 @@ its heads; if a side has only one encoder, its heads are drawn instead. (Two sid
 same encoders, and several, are given the same draw.) Scores are those on one of 200 resampled
 test splits (scores.bootstrap), the same for both models. The interval is what the middle 95 %
 of these differences lie in. Where it holds 0, no difference has been shown. Of n encoders, or
-heads, n - 1 are drawn: means of n drawn from so few would vary too little, by the factor (n -
-1) / n in their variance. (Of one, one: how much it owes to its seed is then left out.)
+heads, n - 1 are drawn: means of n drawn from so few would vary too little, by the factor
+(n - 1) / n in their variance. (Of one, one: how much it owes to its seed is then left out.)
 
 A curve is read between two of its rates by linear interpolation in the frame period.
 
@@ -310,11 +310,10 @@ def one_lam(folder, text, pattern, way, command, within) -> dict:
         chosen = []
         for path in sorted(folder.glob(pattern.format(task=task))):
             chosen.append(read_point(path))
-        encoders = [point["config"]["checkpoint_sha1"] for point in chosen]
-        heads = load_heads(folder, "any", task, "any")
-        heads = [head for head in heads if head.encoder in encoders]
-        if not chosen or not heads:
+        best = compare_with_best(folder, task, chosen)
+        if not best:
             continue
+        encoders = [point["config"]["checkpoint_sha1"] for point in chosen]
         periods = np.array([point["frame_period_ms"] for point in chosen])
         middle = float(np.median(periods))
         period, apart_by = mean_and_sd(periods, encoders)
@@ -326,14 +325,14 @@ def one_lam(folder, text, pattern, way, command, within) -> dict:
                 "period_ms": float(period),
                 "sd_ms": float(apart_by),
                 "apart": float(np.max(np.abs(periods / middle - 1))),
-                "best": compare_with_best(folder, task, chosen)._asdict(),
+                "best": best._asdict(),
                 "time_of_grid": of_grid.get(task),
             }
         )
     shown = "; ".join(
-        f"{METRIC_OF[n['task']]} {plus_minus(n['period_ms'], n['sd_ms'], 0)} ms, "
-        f"{Difference(**n['best'])} beside the best"
-        + (f", {n['time_of_grid']:.1f} × the grid's time" if n["time_of_grid"] else "")
+        f"{METRIC_OF[n['task']]} {Difference(**n['best'])} at "
+        f"{plus_minus(n['period_ms'], n['sd_ms'], 0)} ms"
+        + (f", {n['time_of_grid']:.1f} × the time" if n["time_of_grid"] else "")
         for n in numbers
     )
     verdict = "not measured"
@@ -356,9 +355,9 @@ def one_lam(folder, text, pattern, way, command, within) -> dict:
     }
 
 
-def compare_with_best(folder, task, chosen) -> Difference:
+def compare_with_best(folder, task, chosen) -> Difference | None:
     """What the chosen λ reach, beside the best of forty rates: of heads for all rates, on the same
-    encoders, where the mean of their curves on the test split is best.
+    encoders, where the mean of their curves on the test split is best. None without such heads.
 
     chosen: a point for each λ.
     """
@@ -368,6 +367,8 @@ def compare_with_best(folder, task, chosen) -> Difference:
         ours.append(Head(point["config"]["checkpoint_sha1"], *columns))
     encoders = encoders_of(ours)
     heads = [head for head in load_heads(folder, "any", task, "any") if head.encoder in encoders]
+    if not heads:
+        return None
     periods = heads[0].periods
     curves = [np.interp(periods, head.periods, head.test) for head in heads]
     mean, _ = mean_and_sd(curves, [head.encoder for head in heads])

@@ -181,7 +181,7 @@ def search_table(folder) -> str:
                     plus_minus(*lams, 2),
                     plus_minus(*periods, 0),
                     summary,
-                    compare_with_best(folder, task, points),
+                    compare_with_best(folder, task, points) or "",
                 ]
             )
     header = ["task", "by", "price", "heads", "λ found", "ms / token", "metric %"]

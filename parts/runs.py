@@ -242,6 +242,11 @@ def save_point(path, point, device):
         "machine": machine(device),
         "date": time.strftime("%Y-%m-%d"),
     }
+    write_point(path, point)
+
+
+def write_point(path, point):
+    """Write the point as it is. Raises OSError."""
     save_text(json.dumps(point, indent=1, ensure_ascii=False), path)
 
 

@@ -680,9 +680,9 @@ ROWS = [
     ("no step", "adaptive_lambda.py --way differences --delta 0", "--delta is 0"),
     ("hardly a step", "adaptive_lambda.py --way differences --delta 1e-9", "--delta is 1e-09"),
     ("a start of a search", "adaptive_lambda.py --way search --lam 0.5", "search has no start"),
-    ("a step of autograd", "adaptive_lambda.py --way autograd --delta 0.2", "--delta is for"),
-    ("slopes by choice", "adaptive_lambda.py --by loss", "--by is for --way search"),
-    ("a rest in a search", "adaptive_lambda.py --way search --freeze 9", "--freeze is for --way"),
+    ("a step of autograd", "adaptive_lambda.py --way autograd --delta 0.2", "no use for --delta"),
+    ("slopes by choice", "adaptive_lambda.py --by loss", "autograd has no use for --by"),
+    ("a rest in a search", "adaptive_lambda.py --way search --freeze 9", "no use for --freeze"),
     ("an unknown way", "adaptive_lambda.py --way guess", "--way: invalid choice: 'guess'"),
     ("λ from nan", "adaptive_lambda.py --lam nan", "λ is nan"),
     (

@@ -281,9 +281,7 @@ def test_lam_is_found_if_it_is_good_and_cheap(tmp_path):
     assert numbers["best"]["period"] == 20
     assert numbers["time_of_grid"] == 0.75
     assert entry["verdict"] == "yes"
-    assert entry["shown"] == (
-        "mAP 21 ± 1 ms, -0.5 (-0.5 to -0.5) beside the best, 0.8 × the grid's time"
-    )
+    assert entry["shown"] == ("mAP -0.5 (-0.5 to -0.5) at 21 ± 1 ms, 0.8 × the time")
     # On a flat curve another head may find another rate.
     name = "any/pool-search-metric-price0-seed3"
     point(tmp_path, name, seed=3, period=30.0, test=50.5, **found)
@@ -327,9 +325,7 @@ def test_lam_is_learned_if_starts_meet(tmp_path):
     write_times(tmp_path, pool=0.8)
     entry = claims.lam_is_learned(tmp_path)
     assert entry["verdict"] == "yes"
-    assert entry["shown"] == (
-        "mAP 31 ± 1 ms, -0.5 (-0.5 to -0.5) beside the best, 0.4 × the grid's time"
-    )
+    assert entry["shown"] == ("mAP -0.5 (-0.5 to -0.5) at 31 ± 1 ms, 0.4 × the time")
     # A start that leads elsewhere.
     name = "learned-differences/pool-differences-price0-from3-seed0"
     point(tmp_path, name, lam=3.0, period=36.0, test=50.5)
