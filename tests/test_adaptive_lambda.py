@@ -271,7 +271,8 @@ def test_search_uses_one_head_for_all_prices(run, monkeypatch, capsys):
     for point in chosen:
         (row,) = [row for row in head["rows"] if row["lam"] == point["lam"]]
         assert point["test"] == row["test"]
-        assert "tokens" not in point and "examples" not in point  # those of the head are at λ = 0
+        # Those of the head are at λ = 0.
+        assert not {"tokens", "examples", "encode_s"} & point.keys()
         price = point["config"]["price"]
         assert point["command"].startswith("python adaptive_lambda.py ")
         assert ("--price" in point["command"]) == (price != 0)
@@ -282,9 +283,11 @@ def test_search_uses_one_head_for_all_prices(run, monkeypatch, capsys):
             "price": point["config"]["price"],
         }
         assert "--by loss" in point["command"]
-    # The metric has a curve of its own.
+    # The metric has a curve of its own, and what it is made of was computed with the head.
+    Path("out/pool-any-seed0.json").write_text(json.dumps({**head, "machine": "another"}))
     found = run(way="search")
     point = found["pool-search-metric-price0-seed0.json"]
+    assert point["machine"] == "another"
     assert point["config"]["by"] == "metric"
     lowest = best_rate(head["rows"], errors_of(head["rows"], head["metric"]), 0)
     assert point["frame_period_ms"] == lowest["frame_period_ms"]

@@ -184,6 +184,7 @@ def test_better_everywhere_or_not():
     assert verdict_better([]) == "not measured"
     assert verdict_better([surely, surely]) == "yes"
     assert verdict_better([surely, perhaps]) == "not everywhere"
+    assert verdict_better([perhaps, perhaps]) == "no"
 
 
 def test_claims_of_a_folder(tmp_path, monkeypatch, capsys):
