@@ -7,10 +7,11 @@ The encoder runs once at each λ, and its hidden states are kept. A head is trai
 --epochs, while the learning rate rises and falls once, and is tested as it is at the end. So every
 rate gets a head of its own, and the curve over λ compares rates, not hours of training.
 
-Such a head serves no rate far from its own. With --lam any, one head is trained for all of them, as
-the encoder was: at each step λ = 0 and two of the other eleven that are kept, one from their lower
-part and one from the upper. It is told how long each token is (heads.tell). Then it is tested at
-forty rates, from 20 ms to some 230; most of them it was not trained at.
+Such a head serves no rate far from its own. With --lam any, one head is trained for all of them.
+Hidden states are kept at twelve λ, from 0 to 1.6. Each step takes two of these: one of the six next
+to 0, at which tasks do best, and, by the toss of a coin, 0 or one of the five beyond. The head is
+told how long each token is (heads.tell). Then it is tested at forty rates, from 20 ms to some 230;
+most of them it was not trained at.
 
 Baselines get the same head, and other features in the encoder's place (--features). With
 --boundaries pseudo the segments of an encoder that detects them end at pseudo-boundaries instead:
@@ -85,7 +86,6 @@ CHECKS = 10  # times that the validation split is measured in training
 # A head for any rate (--lam any):
 LAM_MAX = 1.6  # the largest λ it is trained at, as in pre-training
 LAMS_KEPT = 12  # values of λ whose hidden states are kept, and drawn in training
-LAMS_PER_STEP = 3
 RATES = 40  # it is tested at
 
 # Flags that are left out when a point's configuration is made. λ and the seed come in for each
@@ -252,12 +252,13 @@ class Lesson:
         return [order[k : k + BATCH] for k in range(0, len(order), BATCH)]
 
     def draw(self, random) -> list:
-        """The sources of a step: all, if there is one; else the first, at λ = 0, and one from each
-        half of the others, in the manner of pretrain.py."""
+        """The sources of a step: the one that there is; or one from the lower half of those above
+        λ = 0, and, by the toss of a coin, λ = 0 or one from the upper half."""
         if len(self.sources) == 1:
             return self.sources
-        halves = np.array_split(np.arange(1, len(self.sources)), LAMS_PER_STEP - 1)
-        return [self.sources[0], *(self.sources[random.choice(half)] for half in halves)]
+        lower, upper = np.array_split(np.arange(1, len(self.sources)), 2)
+        other = random.choice(upper) if random.random() < 0.5 else 0
+        return [self.sources[random.choice(lower)], self.sources[other]]
 
 
 class Measured(NamedTuple):

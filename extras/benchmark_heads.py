@@ -8,8 +8,9 @@ one utterance in SHARE, in turn with those of the others, and the seconds are pu
     search        any + forty rates
     learned       frames + epochs in which λ is learned, from one start · epoch + one of the five
 
-frames: the CNN's of all speech; hidden states: of all speech at a λ; forty rates: validation and
-test speech at each, one rate in SHARE, timed once. Left out: validation now and then in training.
+frames: the CNN's of all speech; hidden states: of all speech at a λ; forty rates: the head on
+validation speech at each, one rate in SHARE, timed once. Left out: validation now and then in
+training, and tests.
 
     python -m extras.benchmark heads --repeats 3
 """
@@ -76,9 +77,10 @@ def measure_heads(args, repeats) -> dict:
     epoch_s = {name: SHARE * s for name, s in interleaved(epochs, repeats).items()}
 
     started = timer()
-    tested = [states_at(lam, False, True) for lam in finetune.lams_to_test(encoder)[::SHARE]]
-    finetune.test_at_all_rates(lessons["any"], tested)
-    test_s = SHARE * (timer() - started)
+    curve = [states_at(lam, False, True) for lam in finetune.lams_to_test(encoder)[::SHARE]]
+    for states in curve:
+        finetune.measure(lessons["any"], "valid", states)
+    rates_s = SHARE * (timer() - started)
 
     encode_s = {lam: states.seconds for lam, states in grid.items()}
     own = {lam: encode_s[lam] + args.epochs * epoch_s[lam] for lam in GRID}
@@ -90,12 +92,12 @@ def measure_heads(args, repeats) -> dict:
     }
     for way in learned:
         seconds[way] = frames.seconds + args.lam_epochs * epoch_s[way] + own[AT]
-    seconds["search"] = seconds["any"] + test_s
+    seconds["search"] = seconds["any"] + rates_s
     return {
         "seconds": seconds,
         "of_grid": {way: s / seconds["grid"] for way, s in seconds.items()},
         "epoch_s": epoch_s,
-        "test_s": test_s,
+        "rates_s": rates_s,
     }
 
 

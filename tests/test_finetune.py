@@ -471,14 +471,14 @@ class Noted:
         self.name = name
 
 
-def test_a_step_takes_lam_0_and_one_of_each_half():
+def test_a_step_takes_one_lam_near_0_and_0_or_one_beyond():
     sources = [Noted(k) for k in range(12)]
     lesson = finetune.Lesson(None, [], {}, sources, None, None, None)
     random = np.random.default_rng(0)
     drawn = np.array([[source.name for source in lesson.draw(random)] for _ in range(500)])
-    assert (drawn[:, 0] == 0).all()
-    assert set(drawn[:, 1]) == {1, 2, 3, 4, 5, 6}
-    assert set(drawn[:, 2]) == {7, 8, 9, 10, 11}
+    assert set(drawn[:, 0]) == {1, 2, 3, 4, 5, 6}
+    assert set(drawn[:, 1]) == {0, 7, 8, 9, 10, 11}
+    assert 200 < (drawn[:, 1] == 0).sum() < 300
 
 
 def test_one_head_for_any_rate(run, run_predict, tested, monkeypatch, capsys):
