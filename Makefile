@@ -48,9 +48,13 @@ DEMO = runs/demo$(if $(filter-out mfcc,$(TEACHER)),-$(subst /,-,$(TEACHER)))
 # Several small jobs side by side are faster than one with several threads.
 ONE_THREAD = OMP_NUM_THREADS=1 .venv/bin/python
 HEADS = --seeds 3 $(if $(filter seq2seq,$1),--epochs 40)
+# A head for all rates of CTC learns for longer; five heads of their own still take more time.
+ANY_RATE = $(call HEADS,$1) $(if $(filter ctc,$1),--epochs 150)
 FINETUNE = $(ONE_THREAD) finetune.py $(call HEADS,$1) --task $1
+FINETUNE_ANY = $(ONE_THREAD) finetune.py $(call ANY_RATE,$1) --task $1 --lam any
 PRICES_BY_loss = $(if $(filter pool,$1),0 0.03 0.1 0.3,0 0.3 1 3)
 PRICES_BY_metric = 0 5 10 20
+SEARCH = $(ONE_THREAD) adaptive_lambda.py $(call ANY_RATE,$1) --task $1 --way search
 LEARN = $(ONE_THREAD) adaptive_lambda.py $(call HEADS,$1) --task $1
 
 demo: data/asterisk.pt
@@ -83,7 +87,7 @@ results: data/asterisk.pt
 	.venv/bin/python -m extras.claims $(RESULTS)
 	.venv/bin/python -m extras.results $(RESULTS)
 
-sweep: points-any points-longer points-ofa points-peers points-segments points-rivals \
+sweep: points-any points-ofa points-peers points-segments points-rivals \
 		points-baselines points-learned times
 	$(MAKE) results RESULTS=$(RESULTS)
 
@@ -91,14 +95,9 @@ sweep: points-any points-longer points-ofa points-peers points-segments points-r
 # metric.
 points-any: $(OFA:%=points-any-%)
 points-any-%: runs/%/encoder.pt
-	$(foreach task,$(TASKS),$(foreach by,loss metric,$(call LEARN,$(task)) --way search \
+	$(foreach task,$(TASKS),$(foreach by,loss metric,$(call SEARCH,$(task)) \
 		--by $(by) --price $(call PRICES_BY_$(by),$(task)) \
 		--checkpoint $< --out $(RESULTS)/$(*:ofa%=any%) &&)) true
-
-# Characters, with heads for all rates that learn for as long as five heads of their own, and longer.
-points-longer: runs/ofa/encoder.pt
-	$(call FINETUNE,ctc) --lam any --epochs 120 --checkpoint $< --out $(RESULTS)/any-120
-	$(call FINETUNE,ctc) --lam any --epochs 180 --checkpoint $< --out $(RESULTS)/any-180 --seeds 1
 
 # A head of its own at each of five rates, on the first of the encoders.
 points-ofa: runs/ofa/encoder.pt
@@ -117,12 +116,12 @@ points-peer-%: runs/%/encoder.pt
 # Tokens that end where segments end, those that it detects and, as an oracle, pseudo-boundaries;
 # beside an encoder that had as many steps (k3); and K = 1, 2, 3.
 points-segments: $(addprefix points-any-,$(SEGMENTS) k1 k2)
-	$(foreach task,$(TASKS),$(call FINETUNE,$(task)) --lam any --boundaries pseudo \
+	$(foreach task,$(TASKS),$(call FINETUNE_ANY,$(task)) --boundaries pseudo \
 		--checkpoint runs/segments/encoder.pt --out $(RESULTS)/segments-oracle &&) true
 
 points-rivals: $(filter points-rivals-none%,$(PEERS:%=points-rivals-%))
 points-rivals-%: runs/%/encoder.pt
-	$(foreach task,$(TASKS),$(foreach by,average merge,$(call FINETUNE,$(task)) --lam any \
+	$(foreach task,$(TASKS),$(foreach by,average merge,$(call FINETUNE_ANY,$(task)) \
 		--features $(by) --checkpoint $< --out $(RESULTS)/$(*:none%=rivals%) &&)) true
 
 points-baselines: runs/ofa/encoder.pt

@@ -56,8 +56,6 @@ from parts.runs import read_point, save_text
 
 ONE_HEAD = {  # models of which there are heads for all rates
     "any": "once-for-all, one head",
-    "any-120": "once-for-all, one head, 120 epochs",
-    "any-180": "once-for-all, one head, 180 epochs",
     "segments": "segments, one head",
     "segments-oracle": "segments, pseudo-boundaries as an oracle, one head",
     **{model: f"{name}, one head" for model, name in KS.items()},
