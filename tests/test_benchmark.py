@@ -160,12 +160,13 @@ def test_heads(run, folder, monkeypatch):
     flags = ["--data", "spoken.tsv", "--epochs", "3", "--lam-epochs", "2"]
     flags += ["--checkpoint", str(REPO / "checkpoints/ofa-tiny.pt")]
     monkeypatch.setattr(benchmark_heads, "HEADS", {"pool": flags})
+    monkeypatch.setattr(benchmark_heads, "ANY_EPOCHS", {"pool": 6})
     content, printed = run("heads")
     (row,) = content["heads"]
     seconds, epoch_s = row["seconds"], row["epoch_s"]
     assert min(numbers([seconds, epoch_s, row["rates_s"]])) > 0
     assert seconds["grid"] > 3 * sum(epoch_s[str(lam)] for lam in benchmark_heads.GRID)
-    assert seconds["any"] > 3 * epoch_s["any"]
+    assert seconds["any"] > 6 * epoch_s["any"]
     assert seconds["search"] == pytest.approx(seconds["any"] + row["rates_s"])
     for way in ("differences", "autograd"):
         assert seconds[way] > 2 * epoch_s[way] + 3 * epoch_s[str(benchmark_heads.AT)]
