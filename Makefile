@@ -99,10 +99,12 @@ points-any-%: runs/%/encoder.pt
 		--by $(by) --price $(call PRICES_BY_$(by),$(task)) \
 		--checkpoint $< --out $(RESULTS)/$(*:ofa%=any%) &&)) true
 
-# A head of its own at each of five rates, on the first of the encoders.
+# A head of its own at each of five rates, on the first of the encoders; and for characters at two of
+# them some that learn for as long as a head for all rates.
 points-ofa: runs/ofa/encoder.pt
 	$(foreach task,$(TASKS),$(call FINETUNE,$(task)) --lam 0 0.51 0.78 1.04 1.53 \
 		--checkpoint $< --out $(RESULTS)/ofa &&) true
+	$(call FINETUNE,ctc) --epochs 150 --lam 0 0.78 --checkpoint $< --out $(RESULTS)/ofa-150
 	$(call FINETUNE,ctc) --symbols-per-token 3 --lam 0.78 1.04 1.53 \
 		--checkpoint $< --out $(RESULTS)/slots
 

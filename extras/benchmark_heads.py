@@ -31,6 +31,7 @@ AT = 0.51  # λ of the head that is trained once λ has been learned
 HEADS = {"ctc": [], "seq2seq": ["--epochs", "40"], "pool": []}  # flags of adaptive_lambda.py
 ANY_EPOCHS = {"ctc": 150}  # of a head for all rates, where it learns for longer
 SHARE = 4  # one utterance of so many is in a timed epoch, one rate of so many in a timed test
+SECONDS = 5  # that epochs are repeated in each round: a head for all rates must meet most of them
 
 
 def heads_section(device, repeats) -> list:
@@ -75,7 +76,8 @@ def measure_heads(args, repeats) -> dict:
     sources |= {way: [states] for way, states in learned.items()}
     lessons = {name: finetune.make_lesson(args, task, each) for name, each in sources.items()}
     epochs = {name: one_epoch(args, lesson) for name, lesson in lessons.items()}
-    epoch_s = {name: SHARE * s for name, s in interleaved(epochs, repeats).items()}
+    timed = interleaved(epochs, repeats, at_least=SECONDS)
+    epoch_s = {name: SHARE * s for name, s in timed.items()}
 
     started = timer()
     curve = [states_at(lam, False, True) for lam in finetune.lams_to_test(encoder)[::SHARE]]

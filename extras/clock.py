@@ -18,12 +18,12 @@ from extras.firing import table
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports each of its starts
 
 
-def interleaved(calls, repeats) -> dict[str, float]:
+def interleaved(calls, repeats, at_least=0.02) -> dict[str, float]:
     """Median seconds of each call: {name: function} -> {name: seconds}.
 
     Each round times all of them, each round in another order, so that neither a slow moment nor
-    memory that has just been freed favours one. Timer makes a call before it counts, repeats short
-    ones until the clock's own time does not matter, and waits for a GPU.
+    memory that has just been freed favours one. Timer makes a call before it counts, repeats it for
+    at_least so many seconds, and waits for a GPU.
     """
     threads = torch.get_num_threads()  # Timer would take one
     timers = {
@@ -33,7 +33,7 @@ def interleaved(calls, repeats) -> dict[str, float]:
     times = defaultdict(list)
     for seed in range(repeats):
         for name in random.Random(seed).sample(list(timers), len(timers)):
-            times[name].append(timers[name].blocked_autorange(min_run_time=0.02).median)
+            times[name].append(timers[name].blocked_autorange(min_run_time=at_least).median)
     return {name: median(times[name]) for name in calls}
 
 

@@ -54,6 +54,10 @@ from extras.points import (
 )
 from parts.runs import read_point, save_text
 
+OTHER_HEADS = {
+    "ofa-150": "once-for-all, 150 epochs",
+    "slots": "once-for-all, 3 symbols a token",
+}
 ONE_HEAD = {  # models of which there are heads for all rates
     "any": "once-for-all, one head",
     "segments": "segments, one head",
@@ -76,11 +80,9 @@ is better."""
 def tradeoff_table(points, task) -> str:
     """A row for each model and λ."""
     named = []  # (name, λ to print, Summary)
-    for model, name in ENCODERS.items():
+    for model, name in {**ENCODERS, **OTHER_HEADS}.items():
         for lam, summary in select(points, model, task).items():
             named.append((name, lam, summary))
-    for lam, summary in select(points, "slots", task).items():
-        named.append(("once-for-all, 3 symbols a token", lam, summary))
     for peer, name in PEERS.items():
         for summary in select(points, peer, task).values():
             named.append((name, "", summary))
