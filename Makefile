@@ -48,7 +48,7 @@ DEMO = runs/demo$(if $(filter-out mfcc,$(TEACHER)),-$(subst /,-,$(TEACHER)))
 # Several small jobs side by side are faster than one with several threads.
 ONE_THREAD = OMP_NUM_THREADS=1 .venv/bin/python
 HEADS = --seeds 3 $(if $(filter seq2seq,$1),--epochs 40)
-# A head for all rates of CTC learns for longer; five heads of their own still take more time.
+# A head for all rates of CTC learns for longer: for about the time of five heads of their own.
 ANY_RATE = $(call HEADS,$1) $(if $(filter ctc,$1),--epochs 150)
 FINETUNE = $(ONE_THREAD) finetune.py $(call HEADS,$1) --task $1
 FINETUNE_ANY = $(ONE_THREAD) finetune.py $(call ANY_RATE,$1) --task $1 --lam any

@@ -9,9 +9,9 @@ rate gets a head of its own, and the curve over λ compares rates, not hours of 
 
 Such a head serves no rate far from its own. With --lam any, one head is trained for all of them.
 Hidden states are kept at twelve λ, from 0 to 1.6. Each step takes two of these: one of the six next
-to 0, at which tasks do best, and, by the toss of a coin, 0 or one of the five beyond. The head is
-told how long each token is (heads.tell). Then it is tested at forty rates, from 20 ms to some 230;
-most of them it was not trained at.
+to 0, and, by the toss of a coin, 0 or one of the five beyond. The head is told how long each token
+is (heads.tell). Then it is tested at forty rates, from 20 ms to some 230; most of them it was not
+trained at.
 
 Baselines get the same head, and other features in the encoder's place (--features). With
 --boundaries pseudo the segments of an encoder that detects them end at pseudo-boundaries instead:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import finetune
 from cif import cif
-from extras import benchmark, benchmark_heads
+from extras import benchmark, benchmark_heads, clock
 from extras.benchmark import busy_process, idle_and_busy, run_pretrain
 from extras.clock import interleaved, peak_bytes
 from ofa_encoder import PRESETS, frames_of
@@ -160,14 +161,31 @@ def test_heads(run, folder, monkeypatch):
     flags = ["--data", "spoken.tsv", "--epochs", "3", "--lam-epochs", "2"]
     flags += ["--checkpoint", str(REPO / "checkpoints/ofa-tiny.pt")]
     monkeypatch.setattr(benchmark_heads, "HEADS", {"pool": flags})
-    monkeypatch.setattr(benchmark_heads, "ANY_EPOCHS", {"pool": 6})
-    monkeypatch.setattr(benchmark_heads, "SECONDS", 0.02)
+    # So many epochs of a head for all rates that hidden states no longer count beside them.
+    monkeypatch.setattr(benchmark_heads, "ANY_EPOCHS", {"pool": 10_000})
+    monkeypatch.setattr(benchmark_heads, "SECONDS", 0.03)
+    asked = []  # for how long each call is repeated
+    measured = []  # splits that the curve is measured on
+    measure = finetune.measure
+
+    def noted(calls, repeats, at_least):
+        asked.append(at_least)
+        return interleaved(calls, repeats, at_least)
+
+    def noting(lesson, split, states):
+        measured.append(split)
+        return measure(lesson, split, states)
+
+    monkeypatch.setattr(benchmark_heads, "interleaved", noted)
+    monkeypatch.setattr(finetune, "measure", noting)
     content, printed = run("heads")
     (row,) = content["heads"]
     seconds, epoch_s = row["seconds"], row["epoch_s"]
     assert min(numbers([seconds, epoch_s, row["rates_s"]])) > 0
     assert seconds["grid"] > 3 * sum(epoch_s[str(lam)] for lam in benchmark_heads.GRID)
-    assert seconds["any"] > 6 * epoch_s["any"]
+    assert seconds["any"] > 10_000 * epoch_s["any"]
+    assert asked == [0.03]
+    assert measured == ["valid"] * (finetune.RATES // benchmark_heads.SHARE)
     assert seconds["search"] == pytest.approx(seconds["any"] + row["rates_s"])
     for way in ("differences", "autograd"):
         assert seconds[way] > 2 * epoch_s[way] + 3 * epoch_s[str(benchmark_heads.AT)]
@@ -227,6 +245,24 @@ def test_busy_process_ends():
 def test_wrong_sections_are_named(run):
     with pytest.raises(ValueError, match="nonsense.*cif, encoder, pretraining, heads"):
         run("nonsense")
+
+
+def test_a_call_is_repeated_for_as_long_as_asked(monkeypatch):
+    asked = []
+
+    class Clock:
+        median = 1.0
+
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def blocked_autorange(self, min_run_time):
+            asked.append(min_run_time)
+            return self
+
+    monkeypatch.setattr(clock, "Timer", Clock)
+    assert interleaved({"a": print, "b": print}, 2, at_least=3.0) == {"a": 1.0, "b": 1.0}
+    assert asked == [3.0] * 4
 
 
 def test_rounds_are_interleaved_in_varying_order():
