@@ -127,14 +127,6 @@ def build_parser(
     add("--root", default="data", help="folder of the embedded corpus")
     add("--fold", type=int, choices=range(1, 6), default=1, help="IEMOCAP's test session, for er")
     add(
-        "--features",
-        choices=FEATURES,
-        default="encoder",
-        help="the head's input. encoder: its hidden states; average, merge: frames of an encoder "
-        "that was pre-trained with --compression none, merged; the others are baselines: see "
-        "parts/cache.py",
-    )
-    add(
         "--boundaries",
         help="where segments end, in place of what an encoder of segments detects: a file in the "
         "format of pretrain.py --boundaries, or pseudo: pseudo-boundaries; None: where it detects "
@@ -149,7 +141,6 @@ def build_parser(
         default="memory",
         help="memory: hidden states are computed once; nothing: they are computed for every batch",
     )
-    add("--unfreeze", action="store_true", help="train the encoder too (slow: nothing is kept)")
     add(
         "--head",
         choices=("blstm", "linear", "superb"),
@@ -166,7 +157,6 @@ def build_parser(
     add("--beam", type=int, default=1, help="hypotheses of seq2seq; 1: greedy")
     add("--epochs", type=int, default=90, help="passes over the training split")
     add("--lr", type=float, default=3e-3, help="of the head, at its peak; it falls linearly to 0")
-    add("--encoder-lr", type=float, default=1e-4, help="of the encoder, with --unfreeze")
     add(
         "--precision",
         choices=("auto", "bf16", "fp32"),
@@ -180,6 +170,18 @@ def build_parser(
         action="store_true",
         help="keep each head, with its encoder, as a .pt beside its point, for extras.predict",
     )
+    title = "in place of the frozen encoder (finetune.py only)"
+    add = parser.add_argument_group(title).add_argument
+    add(
+        "--features",
+        choices=FEATURES,
+        default="encoder",
+        help="the head's input. encoder: its hidden states; average, merge: frames of an encoder "
+        "that was pre-trained with --compression none, merged; the others are baselines: see "
+        "parts/cache.py",
+    )
+    add("--unfreeze", action="store_true", help="train the encoder too (slow: nothing is kept)")
+    add("--encoder-lr", type=float, default=1e-4, help="of the encoder, with --unfreeze")
     return parser
 
 
