@@ -25,8 +25,8 @@ frame. How probable an end must be to count is set on held-out speech, so that i
 The CNN and the teacher do not depend on λ and are most of the work, so K = 3 values of λ cost less
 than twice what one costs, not three times (docs/speed.md). λ = 0 is always among them: few steps
 would come near it by chance, and then its loss ends above that of λ = 0.26, where it should be the
-lowest (results/earlier/results.md: 0.842 beside 0.804). The paper takes one λ for each batch, and
-accumulates many batches before it updates the weights.
+lowest (0.801 beside 0.766 with K = 1 in results/results.md). The paper takes one λ for each batch,
+and accumulates many batches before it updates the weights.
 
 One loop serves a CPU, a GPU, and many (torchrun). Whatever is random at a step, λ and the order of
 data included, is a function of (seed, step); dropout also of the process. So a run that was stopped

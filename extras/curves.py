@@ -1,8 +1,6 @@
 """The figures of results/: the trade-off between a task's metric and the rate, and the learned λ.
 
-    tradeoff.png   the metric over frame period and over cost, for CTC, seq2seq and pooling; where
-                   a task has heads for all rates, with such other points only as were trained by
-                   the same rule (those with a bootstrap)
+    tradeoff.png   the metric over frame period and over cost, for CTC, seq2seq and pooling
     lambda.png     λ over epochs, from each starting point, if it was learned
 
 results.py draws them.
@@ -14,12 +12,10 @@ import numpy as np
 
 from extras.points import (
     BASELINES,
-    ENCODERS,
     LEARNED,
     METRIC_OF,
     PEERS,
     TASKS,
-    Setting,
     Summary,
     learned_settings,
     load_heads,
@@ -50,7 +46,6 @@ def tradeoff_figure(points, folder, path):
 
 def draw_tradeoff(axis, points, folder, task, x):
     """One panel. x: what is drawn to the right, "period" or "gflops", attributes of Summary."""
-    points = comparable(points, folder, task)
     draw_any(axis, folder, task, x)
     draw_own(axis, points, task, x)
     draw_peers(axis, points, task, x)
@@ -77,19 +72,6 @@ def draw_tradeoff(axis, points, folder, task, x):
         axis.xaxis.set_inverted(True)
 
 
-def comparable(points, folder, task) -> dict[Setting, list[dict]]:
-    """The points that may stand in one panel with the heads for all rates: all, if there are none.
-
-    Points without a bootstrap are older: their heads were trained by another rule, and most of
-    their encoders are others.
-    """
-    if not load_heads(folder, "any", task, "any"):
-        return points
-    return {
-        setting: runs for setting, runs in points.items() if all("bootstrap" in run for run in runs)
-    }
-
-
 def draw_any(axis, folder, task, x):
     """The curves of heads for all rates: their mean, and a band of a standard deviation."""
     drawn = [("any", "encoder", COLOURS["ofa"], "-", "once-for-all, one head for all rates")]
@@ -109,26 +91,17 @@ def draw_any(axis, folder, task, x):
 
 
 def draw_own(axis, points, task, x):
-    """Heads of their own at single rates, on the once-for-all encoder, and on an earlier one."""
+    """Heads of their own at single rates, on the once-for-all encoder."""
     curve = list(select(points, "ofa", task).values())
-    xs = np.array([getattr(summary, x) for summary in curve])
-    tests = np.array([summary.test for summary in curve])
-    sds = np.array([summary.sd for summary in curve])
+    if not curve:
+        return
+    xs = [getattr(summary, x) for summary in curve]
+    tests = [summary.test for summary in curve]
+    sds = [summary.sd for summary in curve]
     green = COLOURS["ofa"]
-    if curve:
-        label = "once-for-all, a head for each rate"
-        axis.plot(xs, tests, "o-", color=green, linewidth=1.2, label=label)
-        axis.fill_between(xs, tests - sds, tests + sds, color=green, alpha=0.2, linewidth=0)
-
-    before = select(points, "ofa-one-lam", task).values()
-    if before:
-        axis.plot(
-            [getattr(summary, x) for summary in before],
-            [summary.test for summary in before],
-            "--",
-            color=green,
-            label=ENCODERS["ofa-one-lam"],
-        )
+    label = "once-for-all, a head for each rate"
+    axis.plot(xs, tests, "o-", color=green, linewidth=1.2, label=label)
+    axis.errorbar(xs, tests, sds, fmt="none", color=green)
 
 
 def draw_peers(axis, points, task, x):
@@ -144,22 +117,20 @@ def draw_peers(axis, points, task, x):
 
 
 def draw_learned(axis, points, task, x):
-    """A star for each run in which λ was learned, since it ends elsewhere with each seed; an open
-    one, if by autograd."""
-    stars = {}  # {slope: a Summary of each run}
+    """A star for each run in which λ was learned by differences, since it ends elsewhere with each
+    seed. (lambda.png has autograd's, too.)"""
+    runs = []
     for setting in learned_settings(points, task):
-        if setting.price == 0:
-            slope, _ = LEARNED[setting.model]
-            stars.setdefault(slope, []).extend(Summary([point]) for point in points[setting])
-    for slope, runs in stars.items():
+        if setting.model == "learned-differences" and setting.price == 0:
+            runs += [Summary([point]) for point in points[setting]]
+    if runs:
         axis.plot(
             [getattr(run, x) for run in runs],
             [run.test for run in runs],
             "*",
             markersize=11,
             color=COLOURS["learned"],
-            markerfacecolor="white" if slope == "autograd" else COLOURS["learned"],
-            label=f"λ learned by {slope}, each run",
+            label="λ learned by differences, each run",
             zorder=5,
         )
 
@@ -182,7 +153,7 @@ def peer_mark(peer) -> tuple[str, str]:
 
 
 def lambda_figure(points, path):
-    """λ (above) and the validation metric (below) over epochs, without a price."""
+    """λ over the epochs in which it is learned, without a price, a panel for each task."""
     tasks = []
     for task in TASKS:
         if any(setting.price == 0 for setting in learned_settings(points, task)):
@@ -191,22 +162,17 @@ def lambda_figure(points, path):
         return
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots(
-            2,
-            len(tasks),
-            figsize=(1 + 4.2 * len(tasks), 7.5),
-            layout="constrained",
-            sharex="col",
-            squeeze=False,
+            1, len(tasks), figsize=(1 + 4.2 * len(tasks), 4.5), layout="constrained", squeeze=False
         )
-        for task, (above, below) in zip(tasks, axes.T):
-            draw_search(above, below, points, task)
+        for task, axis in zip(tasks, axes[0]):
+            draw_search(axis, points, task)
         add_legend(figure, axes, ncols=len(tasks))  # as wide as the panels are
         figure.savefig(path)
         plt.close(figure)
 
 
-def draw_search(above, below, points, task):
-    """One task's λ on the axis above, its validation metric on the one below; a line for a run."""
+def draw_search(axis, points, task):
+    """One task's λ: a line for each run, and a star where it ends."""
     colours = COLOURS["starts"]
     settings = [s for s in learned_settings(points, task) if s.price == 0]
     starts = sorted({setting.lam for setting in settings})
@@ -218,19 +184,10 @@ def draw_search(above, below, points, task):
             epochs = np.arange(len(search) + 1)
             lams = [setting.lam, *(epoch["lam"] for epoch in search)]
             label = f"from λ = {setting.lam:g}, by {slope}"
-            above.plot(epochs, lams, style, color=colour, label=label)
-            above.plot(epochs[-1], point["lam"], "*", markersize=12, color=colour)
-            # Not every epoch ends with validation.
-            measured = [k for k, epoch in enumerate(search, 1) if "valid" in epoch]
-            valid = [search[k - 1]["valid"] for k in measured]
-            below.plot(measured, valid, style, marker=".", color=colour)
-    above.plot([], [], "*", markersize=12, color="black", label="the λ that was learned")
-    above.set(title=TASKS[task], ylabel="λ", ylim=(0, None))
-    # A head that repeats itself has a WER of several hundred: such lines leave the figure.
-    below.set(title=better_is(task), ylabel=f"validation {METRIC_OF[task]} (%)", ylim=(0, 105))
-    searches = [point["search"] for setting in settings for point in points[setting]]
-    highest = max(epoch.get("valid", 0) for search in searches for epoch in search)
-    below.set(xlabel="epochs" if highest <= 105 else "epochs (values over 105 % are cut off)")
+            axis.plot(epochs, lams, style, color=colour, label=label)
+            axis.plot(epochs[-1], point["lam"], "*", markersize=12, color=colour)
+    axis.plot([], [], "*", markersize=12, color="black", label="the λ that was learned")
+    axis.set(title=TASKS[task], xlabel="epochs", ylabel="λ", ylim=(0, None))
 
 
 def add_legend(figure, axes, ncols):

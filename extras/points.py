@@ -33,13 +33,11 @@ METRIC_OF = {"ctc": "CER", "seq2seq": "WER", "pool": "mAP"}
 ENCODERS = {
     "ofa": "once-for-all",
     "segments": "once-for-all, segments",
-    "ofa-one-lam": "once-for-all, one λ a step",
 }
 KS = {"k1": "K = 1", "k2": "K = 2", "k3": "K = 3"}  # pre-trained with so many λ a step
 BASELINES = {"logmel": "log-mel", "random": "untrained encoder", "deaf": "deaf"}
 # λ learned with a head, by folder: by which slope, and how its lines are drawn.
 LEARNED = {
-    "adaptive": ("autograd", "-"),
     "learned-autograd": ("autograd", ":"),
     "learned-differences": ("differences", "-"),
 }
@@ -201,8 +199,7 @@ def load_heads(folder, model, task, which="own", features="encoder") -> list[Hea
         if config["features"] != features or "way" in config or is_any != (which == "any"):
             continue
         rows = point["rows"] if is_any else [point]
-        if "bootstrap" in rows[0]:
-            gathered[config["checkpoint_sha1"], config["seed"]] += rows
+        gathered[config["checkpoint_sha1"], config["seed"]] += rows
     heads = []
     for (encoder, _), rows in gathered.items():
         rows.sort(key=lambda row: row["frame_period_ms"])

@@ -6,7 +6,6 @@
 
     results/results.md     tables: the trade-off, the claims, the learned λ, …
     results/*.png          figures (see curves.py)
-    results/earlier/       points of earlier encoders and rules, with their tables and figures
 
 A mean is over encoders, each with the mean of its heads.
 

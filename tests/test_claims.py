@@ -73,14 +73,6 @@ def test_heads_are_gathered_by_encoder_and_seed(tmp_path):
     assert draws.mean() == pytest.approx(46, abs=0.2)
 
 
-def test_points_without_draws_are_left_out(tmp_path):
-    point(tmp_path, "ofa/pool-0")
-    old = json.loads((tmp_path / "ofa/pool-0.json").read_text())
-    del old["bootstrap"]
-    (tmp_path / "ofa/pool-0.json").write_text(json.dumps(old))
-    assert load_heads(tmp_path, "ofa", "pool") == []
-
-
 def test_the_same_draws_cancel():
     """Two heads that err on the same utterances: the difference is certain, though each is not."""
     found = compare("pool", "mAP", "x", [head(test=52.0)], [head(test=50.0)], 20)
