@@ -33,25 +33,25 @@ it). Differences over a step wider than a tooth see both.
 
 In both of the last two λ = 1.99 σ(r), and r is the parameter: 0 < λ < 2 whatever the optimiser
 does. λ rests for the first steps (--freeze): a head that knows nothing yet, above all one under
-CTC that emits only blanks, gives it a slope of noise. λ has its own learning rate, which falls
-to 0 with that of the head, and no weight decay. Then the head is thrown away, having seen λ
+CTC that emits only blanks, gives it a slope of noise. λ has its own learning rate, which rises and
+falls with that of the head, and no weight decay. Then the head is thrown away, having seen λ
 change all the way, and a new one is trained at the learned λ, as finetune.py would.
 
 **too short**, added to the loss under CTC. An utterance with fewer tokens than its text needs
 has an infinite loss, which is usually replaced by 0 (zero_infinity). So as λ grows, the hardest
-utterances no longer count, the loss falls, and λ has no reason to come back. In its place goes
+utterances no longer count, the loss falls, and λ has no reason to come back. In place of the 0 goes
 the loss of an answer in which all symbols and the blank are equally likely, ln(symbols + 1).
 (The head's loss, too, is per symbol of the text, and averaged over utterances.) A count has no
 gradient, so under autograd each missing token is charged instead, with Σ α′ for the number of
-tokens, and n for how many CTC needs:
+tokens, and n for how many CTC needs (fewer with --symbols-per-token):
 
     too short = ln(symbols + 1) · share of the utterances that are too short
     autograd:   ln(symbols + 1) · mean over utterances of relu(n - Σ α′) / n
 
 (The CTC part of seq2seq's loss is not charged: its texts are words, far fewer than tokens.)
 
-**price.** Tokens per frame are 1 at λ = 0, which the price makes dearer by all of it, and about
-0.22 at λ = 1. The dearer tokens are, the longer the best ones.
+**price.** There is a token per frame at λ = 0, where all of the price is paid, and about 0.22 at
+λ = 1. The higher the price, the longer the best tokens.
 
 Source: Chen, Meng and Lee, "Once-for-all sequence compression for self-supervised speech
 models", ICASSP 2023: λ learned with the task. What is too short, price, freeze and the other
@@ -81,6 +81,7 @@ from parts.cache import FrameCache, HiddenStateCache, TrainableSource
 from parts.heads import emissions
 from parts.runs import (
     HIGHER_IS_BETTER,
+    check_distinct,
     check_numbers,
     command,
     cost_of,
@@ -142,8 +143,9 @@ def check(args):
         args.lam = ["any"]
     elif "any" in args.lam:
         raise ValueError(f"--lam any is no λ to start from: for --way {args.way} name some")
+    parser = build_parser()
     for name in UNUSED[args.way]:
-        if getattr(args, name) != build_parser().get_default(name):
+        if getattr(args, name) != parser.get_default(name):
             flag = name.replace("_", "-")
             raise ValueError(f"--way {args.way} has no use for --{flag}: leave it out")
     finetune.check(args)
@@ -153,8 +155,13 @@ def check(args):
             f"--lam {starts}: λ = {LIMIT} σ(r) can't start from an end of the scale; "
             f"try 0.05 to {LIMIT - 0.05:g}"
         )
-    check_numbers(args, "lam_epochs")
-    check_numbers(args, "lam_lr", "freeze", zero=True)
+    if args.way == "differences" and max(args.lam) > finetune.LAM_MAX:
+        raise ValueError(
+            f"--lam {max(args.lam):g}: under --way differences the head learns up to λ = "
+            f"{finetune.LAM_MAX}, so start there at most"
+        )
+    check_numbers(args, "lam_epochs", "lam_lr")
+    check_numbers(args, "freeze", zero=True)
     if not LEAST_DELTA <= args.delta < LIMIT:
         raise ValueError(
             f"--delta is {args.delta}, expected a number from {LEAST_DELTA} to below {LIMIT}"
@@ -162,6 +169,7 @@ def check(args):
     for price in args.price:
         if not 0 <= price < math.inf:
             raise ValueError(f"--price is {price}, expected a number from 0")
+    check_distinct(args, "price")
 
 
 # 2. Search: the lowest point of a curve.
@@ -200,7 +208,7 @@ def smooth(values) -> np.ndarray:
     result = np.empty(len(values))
     for k in range(len(values)):
         near = np.arange(max(0, k - SMOOTH), min(len(values), k + SMOOTH + 1))
-        parabola = np.polyfit(near - k, values[near], min(2, len(near) - 1))
+        parabola = np.polyfit(near - k, values[near], 2)
         result[k] = parabola[-1]
     return result
 
@@ -228,7 +236,7 @@ def search(args, encoder, task, config):
             found = {"way": "search", "by": args.by, "price": price}
             point = {**head, **row, "config": {**head["config"], **found}}
             # The head's point says these of λ = 0, not of the λ that was found.
-            of_lam_0 = ["rows", "tokens", "encode_s", "guessing", "infeasible_train", "examples"]
+            of_lam_0 = ["rows", "tokens", "encode_s", "infeasible_train", "examples"]
             for name in [*of_lam_0, f"test {task.second}"]:
                 point.pop(name, None)
             point["command"] = command_of(args, "any", price, seed)
@@ -238,6 +246,7 @@ def search(args, encoder, task, config):
             print(
                 f"price {price:g}, seed {seed}: λ = {row['lam']:.3f} "
                 f"({row['frame_period_ms']:.1f} ms), test {task.metric} {row['test']:.1f} %"
+                f"{warning(point)}"
             )
 
 
@@ -339,8 +348,7 @@ class MeasuredLam(LearnedLam):
     def forward(self, indices):
         lam = self.lam
         if not self.training:
-            with torch.no_grad():
-                return super().forward(indices)
+            return super().forward(indices)
 
         # The head's own step is taken anywhere.
         with torch.no_grad():
@@ -384,12 +392,17 @@ def main():
         return
     del config["by"]  # a search's alone
     check_freeze(args, task)
-    in_memory = args.keep == "memory"
-    frames = None
+    # All points are looked for before any work is done, since one of them might be another's.
+    todo_of = {}
     for start, price in product(args.lam, args.price):
         from_start = {**config, "start": start, "price": price}
         stem = f"{args.task}-{args.way}-price{price:g}-from{start:g}"
-        for seed, path in finetune.unfinished(args, from_start, stem).items():
+        todo_of[start, price] = finetune.unfinished(args, from_start, stem)
+
+    in_memory = args.keep == "memory"
+    frames = None
+    for (start, price), todo in todo_of.items():
+        for seed, path in todo.items():
             if not frames:
                 frames = FrameCache(task.speech, encoder, args.device, in_memory, task.ends)
             began = time.time()
@@ -402,7 +415,7 @@ def main():
             if args.save_heads:
                 finetune.save_head(path.with_suffix(".pt"), lesson.head, encoder, lam, task)
             point = {
-                "config": {**from_start, "seed": seed},
+                "config": {**config, "start": start, "price": price, "seed": seed},
                 "command": command_of(args, start, price, seed),
                 "lam": lam,
                 **finetune.final_test(args, lesson, states, of_head),

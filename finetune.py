@@ -8,10 +8,10 @@ The encoder runs once at each λ, and its hidden states are kept. A head is trai
 rate gets a head of its own, and the curve over λ compares rates, not hours of training.
 
 Such a head serves no rate far from its own. With --lam any, one head is trained for all of them.
-Hidden states are kept at twelve λ, from 0 to 1.6. Each step takes two of these: one of the six next
-to 0, and, by the toss of a coin, 0 or one of the five beyond. The head is told how long each token
-is (heads.tell). Then it is tested at forty rates, from 20 ms to some 230; most of them it was not
-trained at.
+Hidden states are kept at twelve λ, from 0 to 1.6. Each step takes two of these, and its loss is
+their mean: one λ of the six next to 0, where tasks do best and a step costs most, and, by the toss
+of a coin, 0 or one of the five beyond. The head is told how long each token is (heads.tell). Then
+it is tested at forty rates, from 20 ms to some 230; most of them it was not trained at.
 
 Baselines get the same head, and other features in the encoder's place (--features). With
 --boundaries pseudo the segments of an encoder that detects them end at pseudo-boundaries instead:
@@ -57,12 +57,20 @@ from tqdm import tqdm
 
 from ofa_encoder import FRAME_MS, OFAEncoder, check_lam, period_from_lam
 from parts.boundaries import SEGMENT_MS, found_boundaries, read_boundaries
-from parts.cache import FEATURES, FrameCache, HiddenStateCache, TrainableSource, UnfrozenEncoder
+from parts.cache import (
+    FEATURES,
+    NO_ENCODER,
+    FrameCache,
+    HiddenStateCache,
+    TrainableSource,
+    UnfrozenEncoder,
+)
 from parts.data import SPLITS
 from parts.heads import HEADS
 from parts.rivals import RIVALS, Rival
 from parts.runs import (
     already_done,
+    check_distinct,
     check_numbers,
     command,
     cost_of,
@@ -81,12 +89,15 @@ BATCH = 16  # utterances in a step
 MAX_GRADIENT_NORM = 5.0
 WEIGHT_DECAY = 0.01
 WARMUP = 0.1  # fraction of the steps over which the learning rate rises
-CHECKS = 10  # times that the validation split is measured in training
+CHECKS = 10  # times, about, that the validation split is measured in training
 
 # A head for any rate (--lam any):
 LAM_MAX = 1.6  # the largest λ it is trained at, as in pre-training
 LAMS_KEPT = 12  # values of λ whose hidden states are kept, and drawn in training
 RATES = 40  # it is tested at
+
+# Flags that tasks of one kind alone have a use for.
+OF_KIND = {"head": "ctc", "symbols_per_token": "ctc", "ctc_weight": "seq2seq", "beam": "seq2seq"}
 
 # Flags that are left out when a point's configuration is made. λ and the seed come in for each
 # point, and boundaries by what is in the file. The others don't change what is computed (--keep
@@ -122,19 +133,18 @@ def build_parser(
         "--data",
         help="asterisk, a TSV with columns path, text or label, and optionally split, or a folder "
         "with metadata.csv or a folder for each label; for SUPERB's tasks a folder with the data "
-        "set; None: asterisk, or for SUPERB's tasks the folder --root",
+        "set; left out: asterisk, or for SUPERB's tasks the folder --root",
     )
     add("--root", default="data", help="folder of the embedded corpus")
     add("--fold", type=int, choices=range(1, 6), default=1, help="IEMOCAP's test session, for er")
     add(
         "--boundaries",
         help="where segments end, in place of what an encoder of segments detects: a file in the "
-        "format of pretrain.py --boundaries, or pseudo: pseudo-boundaries; None: where it detects "
-        "them",
+        "format of pretrain.py --boundaries, or pseudo: pseudo-boundaries",
     )
     add("--lam", type=lam_or_any, nargs="+", default=[0.0], help=lam)
     add("--seeds", type=int, default=1, help="heads (in adaptive_lambda.py, runs) for each setting")
-    add("--seed", type=int, default=0, help="of the first of them; the next ones count up")
+    add("--seed", type=int, default=0, help="the first seed; further ones count up")
     add(
         "--keep",
         choices=("memory", "nothing"),
@@ -156,12 +166,13 @@ def build_parser(
     )
     add("--beam", type=int, default=1, help="hypotheses of seq2seq; 1: greedy")
     add("--epochs", type=int, default=90, help="passes over the training split")
-    add("--lr", type=float, default=3e-3, help="of the head, at its peak; it falls linearly to 0")
+    lr = "the head's learning rate at its peak, from which it falls linearly to 0"
+    add("--lr", type=float, default=3e-3, help=lr)
     add(
         "--precision",
         choices=("auto", "bf16", "fp32"),
         default="auto",
-        help="of training; auto: bf16 autocast on CUDA, fp32 elsewhere",
+        help="in which heads are trained; auto: bf16 autocast on CUDA, fp32 elsewhere",
     )
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the best")
     add("--out", default="runs/finetune", help="folder for the points")
@@ -181,13 +192,16 @@ def build_parser(
         "parts/cache.py",
     )
     add("--unfreeze", action="store_true", help="train the encoder too (slow: nothing is kept)")
-    add("--encoder-lr", type=float, default=1e-4, help="of the encoder, with --unfreeze")
+    add("--encoder-lr", type=float, default=1e-4, help="the encoder's, with --unfreeze")
     return parser
 
 
 def lam_or_any(text):
     """A value of --lam."""
-    return text if text == "any" else float(text)
+    try:
+        return text if text == "any" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor any") from None
 
 
 def check(args):
@@ -196,10 +210,15 @@ def check(args):
     Settles the data, whose default depends on the task, and the device.
     """
     any_rate = "any" in args.lam
-    if any_rate and (len(args.lam) > 1 or args.unfreeze or args.features in ("logmel", "deaf")):
+    if args.features in NO_ENCODER and (args.lam != [0.0] or args.save_heads or args.unfreeze):
+        raise ValueError(
+            f"--features {args.features} has no encoder: "
+            "it goes without --lam, --save-heads and --unfreeze"
+        )
+    if any_rate and (len(args.lam) > 1 or args.unfreeze):
         raise ValueError(
             "--lam any trains one head for all λ of a frozen encoder: "
-            "it goes without further λ, --unfreeze and --features logmel and deaf"
+            "it goes without further λ and --unfreeze"
         )
     if args.features in RIVALS and (args.save_heads or args.unfreeze):
         raise ValueError(f"--features {args.features} goes without --save-heads and --unfreeze")
@@ -214,18 +233,10 @@ def check(args):
     use_bf16(args, device)  # refuses what the device can't do
     args.device = device.type
 
-    for lam in args.lam:
-        if not any_rate:
+    if not any_rate:
+        for lam in args.lam:
             check_lam(lam)
-    if args.features in ("logmel", "deaf"):
-        if any(args.lam):
-            raise ValueError(f"--lam is for the encoder; --features {args.features} has no λ")
-        if args.save_heads:
-            raise ValueError(
-                f"--save-heads keeps a head with its encoder; --features {args.features} has none"
-            )
-        if args.unfreeze:
-            raise ValueError(f"--unfreeze trains an encoder; --features {args.features} has none")
+        check_distinct(args, "lam")
     check_numbers(args, "seeds", "symbols_per_token", "beam", "epochs")
     check_numbers(args, "lr", "encoder_lr")
     check_numbers(args, "seed", zero=True)
@@ -241,7 +252,7 @@ class Lesson:
     """One head in training: what it learns, from which hidden states, and what learns."""
 
     task: Task
-    targets: list[list[int]]  # symbol numbers of each utterance; -1: a symbol not in train
+    targets: list[list[int]]  # symbol numbers of each utterance; -1: not one of task.symbols
     order: dict[str, list[int]]  # the utterances of each split, by length
     sources: list  # of hidden states: one, or for a head of any rate one for each λ, from 0 on
     trainable: TrainableSource  # the source, or an empty one if nothing in it is trained
@@ -324,8 +335,10 @@ def make_lesson(args, task, sources) -> Lesson:
     trainable = source if isinstance(source, TrainableSource) else TrainableSource()
     trainable.eval()
     sample = torch.cat([sample_states(task, source) for source in sources], 1)
-    told = source.told  # how long tokens are: one more number in their hidden states
-    head = build_head(args, task, sample.shape[0], sample.shape[2] - told, told).to(args.device)
+    layers, _, dim = sample.shape
+    if source.told:  # how long tokens are: one more number in their hidden states
+        dim -= 1
+    head = build_head(args, task, layers, dim, source.told).to(args.device)
     head.mix.standardise(sample)
     model = nn.ModuleList([head, trainable])
     return Lesson(task, targets, order, sources, trainable, head, model)
@@ -514,14 +527,21 @@ def prepare(args):
     Raises ValueError or OSError if one of them can't be had.
     """
     encoder = None
-    if args.features not in ("logmel", "deaf"):
+    if args.features not in NO_ENCODER:
         encoder = OFAEncoder.from_checkpoint(args.checkpoint).to(args.device)
     if args.task in SUPERB:
         task = load_superb(args.task, args.data, args.fold)
     else:
         task = load_task(args.task, args.data, args.root)
+    for name, kind in OF_KIND.items():
+        if task.kind != kind and getattr(args, name) != build_parser().get_default(name):
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"--{flag} is for {kind}, and --task {args.task} is {task.kind}: leave it out"
+            )
 
-    # A point is known by what is in the files, not by their names.
+    # A point is known by its checkpoint, and by what a table of data says, not by their names.
+    # (Whether a sound file has changed is not looked into.)
     config = {name: value for name, value in vars(args).items() if name not in NOT_IN_CONFIG}
     config["checkpoint_sha1"] = short_sha1(args.checkpoint) if encoder else None
     config["data_sha1"] = data_sha1(args.task, args.data)
@@ -589,11 +609,15 @@ def unfinished(args, config, stem) -> dict:
 
 def points_of_each_lam(parser, args, encoder, task, config):
     """A head for each λ and seed."""
+    # All points are looked for before any work is done, since one of them might be another's.
+    todo_of = {}
+    for lam in args.lam:
+        stem = f"{args.task}-{args.features}-lam{lam:g}"
+        todo_of[lam] = unfinished(args, {**config, "lam": lam}, stem)
+
     in_memory = args.keep == "memory"
     frames = None
-    for lam in args.lam if encoder else [0.0]:
-        at_lam = {**config, "lam": lam}
-        todo = unfinished(args, at_lam, f"{args.task}-{args.features}-lam{lam:g}")
+    for lam, todo in todo_of.items():
         if not todo:
             continue
 
@@ -621,7 +645,7 @@ def points_of_each_lam(parser, args, encoder, task, config):
                     task.speech, args.features, own, lam, args.device, frames, keep=False
                 )
             point = {
-                "config": {**at_lam, "seed": seed},
+                "config": {**config, "lam": lam, "seed": seed},
                 "command": command("finetune.py", parser, args, lam, seed),
                 **result,
                 **cost_of(states, frames),
@@ -688,10 +712,13 @@ def points_of_any_lam(parser, args, encoder, task, config):
         }
         save_point(path, point, args.device)
         shown = [min(rows, key=lambda row: abs(row["frame_period_ms"] - ms)) for ms in (20, 50, 90)]
-        scores = [f"{row['test']:.1f} % at {row['frame_period_ms']:.0f} ms" for row in shown]
+        scores = [
+            f"{row['test']:.1f} % at {row['frame_period_ms']:.0f} ms{warning({**point, **row})}"
+            for row in shown
+        ]
         print(
-            f"any λ, seed {seed}: test {task.metric} {', '.join(scores)}; "
-            f"{train_s:.0f} s of training{warning(point)}"
+            f"any λ, seed {seed}, {train_s:.0f} s of training: "
+            f"test {task.metric} {', '.join(scores)}"
         )
 
 

@@ -34,7 +34,8 @@ from parts.data import Speech, by_length, pad
 from parts.heads import tell
 from parts.rivals import RIVALS
 
-FEATURES = ("encoder", *RIVALS, "random", "logmel", "deaf")
+NO_ENCODER = ("logmel", "deaf")
+FEATURES = ("encoder", *RIVALS, "random", *NO_ENCODER)
 
 
 class FrameCache:

@@ -6,8 +6,8 @@ A *point* is one trained head and what it reached, as a JSON file: at one λ wit
     config    all that the result depends on: flags, λ, seed, hashes of the checkpoint and of a TSV
     command   computes it again
     metric, test, valid, history, …     what finetune.final_test returns
-    guessing                            what guessing reaches on test (older points lack it)
-    bootstrap                           test on resampled test splits (older points lack it)
+    guessing                            what guessing reaches on test (for any λ: at λ = 0)
+    bootstrap                           test on resampled test splits
     rows                                of a head for any λ: the scores at forty rates
     frame_period_ms, tokens, transformer_gflops_per_s, cnn_s, encode_s, train_s     what it cost
     commit, machine, date
@@ -34,6 +34,7 @@ NEEDED = {
     "config",
     "metric",
     "test",
+    "bootstrap",
     "valid",
     "epochs",
     "infeasible_test",
@@ -102,6 +103,13 @@ def check_numbers(args, *names, zero=False):
         least = "from" if zero else "over"
         flag = name.replace("_", "-")
         raise ValueError(f"--{flag} is {value}, expected a number {least} 0")
+
+
+def check_distinct(args, name):
+    """Refuse a flag that has a value twice, to the six digits that names of points have."""
+    values = [f"{value:g}" for value in getattr(args, name)]
+    if len(set(values)) < len(values):
+        raise ValueError(f"--{name} {' '.join(values)}: expected each value once")
 
 
 def pick_device(name) -> torch.device:

@@ -291,10 +291,14 @@ def test_search_uses_one_head_for_all_prices(run, monkeypatch, capsys):
     assert point["config"]["by"] == "metric"
     lowest = best_rate(head["rows"], errors_of(head["rows"], head["metric"]), 0)
     assert point["frame_period_ms"] == lowest["frame_period_ms"]
-    # The head is there, and finetune.py would have made the same.
+    # The head is there, and finetune.py would have made the same. What is no better than guessing
+    # is named, whatever the price.
+    Path("out/pool-any-seed0.json").write_text(json.dumps({**head, "guessing": 100.0}))
     capsys.readouterr()
     run("--price", "2", way="search")
-    assert "pool-any-seed0.json is there" in capsys.readouterr().out
+    *_, there, searched = capsys.readouterr().out.splitlines()
+    assert "pool-any-seed0.json is there" in there
+    assert searched.endswith("reach 100.0 %)")
     script, *words = head["command"].split()[1:]
     assert script == "finetune.py"
     monkeypatch.setattr(sys, "argv", [script, *words])
@@ -332,6 +336,13 @@ def test_lam_is_learned_by_differences(run):
     lams = [epoch["lam"] for epoch in point["search"]]
     assert len(set(lams)) == 6
     assert all(0 < lam < 2 for lam in lams)
+
+
+def test_all_points_are_looked_at_before_lam_is_learned(run):
+    run("--lam", "0.9")
+    with pytest.raises(ValueError, match="from0.9-seed0.json is of another configuration"):
+        run("--lam", "0.5", "0.9", "--lr", "0.1")
+    assert not Path("out/pool-autograd-price0-from0.5-seed0.json").exists()
 
 
 def test_points_are_kept_and_their_command_computes_them_again(run, monkeypatch, capsys):

@@ -205,7 +205,7 @@ def place(folder, tmp_path_factory):
             torch.save(content, name)
         Path("of-cut").mkdir()
         Path("of-cut/checkpoint.pt").write_bytes(Path("run/checkpoint.pt").read_bytes()[:100_000])
-        shutil.copytree(REPO / "results/earlier/average2", "with-firing/average2")
+        shutil.copytree(REPO / "results/average2", "with-firing/average2")
         Path("with-firing/firing").mkdir()
         Path("with-firing/firing/ofa.json").write_text("[]")
     return place
@@ -483,13 +483,28 @@ ROWS = [
         "finetune.py --checkpoint segments.pt --boundaries other.tsv",
         "other.tsv lacks",
     ),
-    ("λ is a word", "finetune.py --lam some", "invalid lam_or_any value: 'some'"),
+    ("λ is a word", "finetune.py --lam some", "'some' is neither a number nor any"),
+    ("one λ twice", "finetune.py --lam 0.1234567 0 0.1234568", "expected each value once"),
+    (
+        "a beam for a label",
+        "finetune.py --beam 5",
+        "--beam is for seq2seq, and --task pool is pool",
+    ),
+    (
+        "a head of CTC's for a label",
+        "finetune.py --task pool --head linear",
+        "--head is for ctc, and --task pool is pool",
+    ),
     (
         "any λ of an encoder of one rate",
         "finetune.py --checkpoint fixed.pt --lam any",
         "fixed.pt has one fixed rate",
     ),
-    ("λ for log-mels", "finetune.py --features logmel --lam 0 0.5", "--features logmel has no λ"),
+    (
+        "λ for log-mels",
+        "finetune.py --features logmel --lam 0 0.5",
+        "--features logmel has no encoder: it goes without --lam",
+    ),
     (
         "λ for an encoder of one rate",
         "finetune.py --checkpoint fixed.pt --lam 0.5",
@@ -690,7 +705,18 @@ ROWS = [
         "adaptive_lambda.py --features logmel",
         "frozen, pre-trained encoder",
     ),
+    (
+        "λ from where no head learns",
+        "adaptive_lambda.py --way differences --lam 0.1 1.8",
+        "--lam 1.8: under --way differences the head learns up to λ = 1.6",
+    ),
     ("a price below 0", "adaptive_lambda.py --price -1", "--price is -1.0"),
+    ("one price twice", "adaptive_lambda.py --price 1 2 1", "--price 1 2 1: expected each value"),
+    (
+        "λ that can't move",
+        "adaptive_lambda.py --lam-lr 0",
+        "--lam-lr is 0.0, expected a number over",
+    ),
     ("no epochs to learn λ in", "adaptive_lambda.py --lam-epochs 0", "--lam-epochs is 0"),
     (
         "λ frozen for good",
@@ -725,7 +751,7 @@ ROWS = [
     (
         "a head of log-mels, kept",
         "finetune.py --features logmel --save-heads",
-        "--features logmel has none",
+        "--features logmel has no encoder: it goes without --lam, --save-heads",
     ),
     # extras.hub; what a folder may hold is in test_hub.py
     ("no checkpoint for a folder", "extras.hub nowhere.pt new", "no checkpoint at nowhere.pt"),

@@ -353,6 +353,13 @@ def test_every_task_and_baseline_runs(run, flags, capsys):
         run(*flags, "--lr", "0.1")
 
 
+def test_all_points_are_looked_at_before_a_head_is_trained(run):
+    run("--task", "pool", "--lam", "0.5")
+    with pytest.raises(ValueError, match="lam0.5-seed0.json is of another configuration"):
+        run("--task", "pool", "--lam", "0", "0.5", "--lr", "0.1")
+    assert len(points()) == 1
+
+
 def test_boundaries_from_a_file_or_found(run, spoken):
     """At λ = 1 each segment is a token, whatever the encoder would detect."""
     segments = OFAEncoder(replace(PRESETS["tiny"], alpha="segments"))

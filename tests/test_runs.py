@@ -26,7 +26,7 @@ from parts.runs import (
 )
 
 REPO = Path(__file__).parent.parent
-POINT = REPO / "results/earlier/ofa/pool-encoder-lam0-seed0.json"
+POINT = REPO / "results/ofa/pool-encoder-lam0-seed0.json"
 
 
 def test_a_file_is_complete_or_as_it_was(tmp_path):
@@ -57,7 +57,7 @@ def test_data_are_known_by_their_hash_if_they_have_one():
     assert differing({"data": "one"}, {"data": "another"}) == ["data"]
 
 
-def test_points_from_before_guessing_can_be_read(tmp_path, capsys):
+def test_a_point_that_lacks_what_guessing_reaches_can_be_read(tmp_path, capsys):
     point = read_point(POINT)
     point.pop("guessing", None)
     path = tmp_path / "old.json"
