@@ -129,7 +129,7 @@ def cif(x, alpha, lengths=None, *, threshold=1.0, tail_threshold=0.5, target_len
 def _merge_rulers(total, n_fired, lengths, most_full, threshold):
     """Cut the line at the marks of both rulers: the frame, token and width of each piece, (B, P).
 
-    total (B, S): frame ends. fires (B, S): how many token ends lie at or before each of them.
+    total (B, S): frame ends. n_fired (B, S): how many token ends lie at or before each of them.
     lengths (B,): valid frames. most_full: largest number of full tokens in the batch.
 
     Piece p is the stretch of the line that ends at mark p. For the example at the bottom of this
@@ -161,10 +161,12 @@ def _merge_rulers(total, n_fired, lengths, most_full, threshold):
     token = place - frame
     frame = torch.minimum(frame, lengths[:, None] - 1)  # so that padding is never read
 
-    # A piece reaches from the mark before its own to its own. What follows an utterance's last mark
+    # A piece reaches from the mark before its own to its own. A token that fired by rounding, a
+    # little before its end is reached, ends with its frame. What follows an utterance's last mark
     # is padding and has no width.
-    token_ends = (token + 1).to(total) * threshold
-    marks = torch.where(ends_frame == 1, total.gather(1, frame), token_ends)
+    frame_ends = total.gather(1, frame)
+    token_ends = torch.minimum((token + 1).to(total) * threshold, frame_ends.detach())
+    marks = torch.where(ends_frame == 1, frame_ends, token_ends)
     width = marks.diff(dim=1, prepend=marks.new_zeros(B, 1))
     n_marks = lengths + n_fired[:, -1]  # (B,)
     width = width.masked_fill(place >= n_marks[:, None], 0)
@@ -179,7 +181,7 @@ def _fire_times(total, alpha, during, threshold):
     Where an utterance has fewer tokens than T the result means nothing, and may be NaN.
     """
     token_ends = torch.arange(1, during.shape[1] + 1, device=total.device).to(total) * threshold
-    overshoot = total.gather(1, during) - token_ends
+    overshoot = (total.gather(1, during) - token_ends).clamp(min=0)
     return during + 1 - overshoot / alpha.gather(1, during)
 
 
@@ -201,9 +203,10 @@ def expand(tokens, fired) -> Tensor:
     if T == 0:
         return tokens.new_zeros(B, S, tokens.shape[2])
 
-    # What part of its frame a piece is. A frame with α = 0 has only pieces of width 0.
+    # What part of its frame a piece is. A frame with α = 0 has only pieces of width 0. The width of
+    # one with a tiny α may be mostly rounding errors.
     alpha = fired.alpha.gather(1, fired.frame)  # (B, P)
-    share = fired.width / alpha.where(alpha > 0, 1)
+    share = (fired.width / alpha.where(alpha > 0, 1)).clamp(max=1)
 
     # A dropped tail belongs to no token. Its share is 0, so any token will do in its place, if only
     # it is finite: what follows an utterance's tokens may be NaN, as Transformers leave it.
@@ -388,6 +391,8 @@ def _integrate_and_fire(x, alpha, threshold, tail_threshold):
         left = alpha[s]  # what this frame has still to give
         while mass + left >= (1 - slack) * threshold:  # enough to fill a token: it fires
             part = threshold - mass
+            lacking = (part - left).detach().clamp(min=0)  # by rounding: this frame has no more
+            part = part - lacking
             left = left - part
             frame.append(s)
             token.append(len(tokens))
@@ -395,7 +400,7 @@ def _integrate_and_fire(x, alpha, threshold, tail_threshold):
             tokens.append(value + part.to(x) * x[s])
             times.append(s + 1 - left.detach() / alpha[s].detach())
             value = nothing
-            mass = zero
+            mass = zero - lacking
         frame.append(s)
         token.append(len(tokens))
         width.append(left)

@@ -150,7 +150,8 @@ def test_mass_is_kept(case):
     for b in range(len(x)):
         total = fired.alpha[b].sum().item()
         full = int(total / threshold + 1e-6)
-        assert per_token[b, :full].tolist() == pytest.approx([threshold] * full, abs=1e-8)
+        # One that fired by rounding may lack a millionth, which the next one has more.
+        assert per_token[b, :full].tolist() == pytest.approx([threshold] * full, rel=2e-6)
         if fired.lengths[b] > full:
             rest = total - full * threshold
             assert per_token[b, full].item() == pytest.approx(rest, abs=1e-8)
@@ -202,6 +203,33 @@ def test_rounding_neither_delays_nor_adds_a_token(function):
     fired = function(x, tenths, tail_threshold=0.0)
     assert fired.lengths.tolist() == [3]
     assert fired.fire_times.tolist() == [[pytest.approx(n, abs=1e-5) for n in (10, 20, 30)]]
+
+
+@pytest.mark.parametrize("function", [cif, cif_loop])
+def test_a_token_that_fires_by_rounding_ends_with_its_frame(function):
+    """The second frame fires the first token, though the total is half a billionth short of 1: more
+    than half of the frame's own weight."""
+    alpha = torch.tensor([[0.999999 - 5e-10, 1e-9, 0.6, 0.6, 0.8]], dtype=torch.float64)
+    x = torch.arange(1.0, 6.0)[None, :, None]
+    fired = function(x, alpha)
+    assert fired.fire_times.tolist() == [[pytest.approx(t, abs=1e-4) for t in (2, 11 / 3, 5)]]
+    back = expand(fired.tokens, fired).flatten().tolist()
+    first, second, third = fired.tokens.flatten().tolist()
+    expected = [first, first, second, (second * 0.4 + third * 0.2) / 0.6, third]
+    assert back == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("tiny", [1e-8, 2e-15])
+@pytest.mark.parametrize("function", [cif, cif_loop])
+def test_no_frame_is_more_than_whole(function, tiny):
+    """Where weights are as small as rounding errors, shares are still from 0 to 1."""
+    alpha = torch.full((1, 350), tiny)
+    alpha[:, :50] = 0.37
+    for keywords in ({}, {"target_lengths": torch.tensor([18])}):
+        fired = function(torch.ones(1, 350, 1), alpha, **keywords)
+        coverage = expand(torch.ones_like(fired.tokens), fired)
+        assert 0 <= coverage.min() and coverage.max() <= 1 + 1e-6
+        assert fired.fire_times.max() <= 350
 
 
 @pytest.mark.parametrize("function", [cif, cif_loop])
