@@ -364,8 +364,8 @@ class OFAEncoder(nn.Module):
         # Mean α of held-out speech, measured by pretrain.py: it turns milliseconds into λ.
         mean_alpha = CONSTANT_ALPHA.get(config.compression, INITIAL_ALPHA)
         self.register_buffer("mean_alpha", torch.tensor(mean_alpha))
-        # How probable an end must be, set so that segments of that speech last as long as they
-        # should.
+        # How probable an end must be. pretrain.py sets it so that segments of held-out speech last
+        # --segment-ms.
         if config.alpha == "segments":
             self.register_buffer("end_threshold", torch.tensor(0.5))
 

@@ -46,6 +46,7 @@ import parts  # noqa: F401  before torch: it sets how the threads of torch wait
 
 # isort: split
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -92,7 +93,8 @@ PERIODS_MS = (20, 25, 33, 50, 90, 180)  # of the final table: asked in ms, answe
 MAX_GRADIENT_NORM = 5.0
 LEARNED = 0.95  # a loss above this share of the constant answer's means that nothing was learned
 
-# Flags that may change when a run is resumed: they say where it runs, not what it computes.
+# Flags that may change when a run is resumed: they say where it runs, not what it computes (but for
+# --precision auto, which follows the device).
 MAY_CHANGE = {"resume", "device", "workers", "accumulate", "save_every", "root", "out"}
 
 
@@ -125,7 +127,7 @@ def parse_arguments(argv=None):
         "--segment-ms",
         type=float,
         default=boundaries.SEGMENT_MS,
-        help="mean length of the segments found",
+        help="mean length of the segments found, or of those in --boundaries",
     )
     add("--preset", choices=PRESETS, default="tiny", help="sizes of the encoder")
     add("--layers", type=int, default=2, help="its Transformer layers")
@@ -165,9 +167,16 @@ def parse_arguments(argv=None):
     if not 0 < args.lam_max <= 2:
         raise ValueError(f"--lam-max is {args.lam_max}, expected a number over 0, at most 2")
     if args.compression != "cif":
-        if args.lam:
-            raise ValueError(f"--lam is for --compression cif; {args.compression} has one rate")
+        if args.lam or args.quantity:
+            raise ValueError(
+                f"--lam and --quantity are for --compression cif; {args.compression} has one rate"
+            )
         args.lam = 0.0
+    if args.lam is not None:
+        for name in ("lams_per_step", "lam_distribution", "lam_max"):
+            if getattr(args, name) != parser.get_default(name):
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag}: nothing is drawn where λ is one: leave it out")
     check_numbers(args, "steps", "layers", "accumulate", "batch_seconds", "lr", "warmup")
     check_numbers(args, "lams_per_step", "save_every")
     check_numbers(args, "quantity", "seed", "workers", zero=True)
@@ -297,6 +306,8 @@ def main():
             f"{checkpoint} is the checkpoint of an earlier run: go on with it by --resume, "
             "or choose another --out"
         )
+    if checkpoint.exists():
+        read_checkpoint(checkpoint, args)  # refuses that of another run, before any work
     lesson, test = prepare(args, place)
 
     # The student starts from the teacher's weights wherever the shapes agree.
@@ -312,7 +323,9 @@ def main():
     lesson.teacher = None  # where its targets are kept, this frees its memory
     model = Distiller(encoder, lesson.targets.dims).to(place.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    first_step = resume(checkpoint, model, optimizer, args) if checkpoint.exists() else 0
+    first_step = 0
+    if checkpoint.exists():
+        first_step = resume(checkpoint, model, optimizer, lesson, args)
 
     if place.rank == 0:
         for partial in out.glob("checkpoint.pt.*.partial"):  # of a run killed while it wrote
@@ -324,12 +337,12 @@ def main():
             f"{place.world} x {place.device}, {'bf16' if use_bf16(args, place.device) else 'fp32'}"
             f"; steps {first_step} to {args.steps}"
         )
-    train_loop(args, place, lesson, (model, optimizer, first_step), checkpoint)
-    learned = report(args, place, model, lesson.targets, test) if place.rank == 0 else ""
+    train_loop(args, place, lesson, model, optimizer, first_step, checkpoint)
+    problem = report(args, place, model, lesson.targets, test) if place.rank == 0 else ""
     if place.world > 1:
         dist.destroy_process_group()
-    if learned:
-        raise ValueError(learned)
+    if problem:
+        raise ValueError(problem)
 
 
 def start_processes(args) -> Place:
@@ -341,8 +354,10 @@ def start_processes(args) -> Place:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        # Hours, since the other processes wait while rank 0 downloads and finds boundaries.
+        if device.type == "mps":
+            raise ValueError("several processes can't share MPS: --device cpu, or one process")
         backend = "nccl" if device.type == "cuda" else "gloo"
+        # Hours, since the other processes wait while rank 0 downloads and finds boundaries.
         dist.init_process_group(backend, timeout=timedelta(hours=12))
     return Place(device, rank, world)
 
@@ -351,15 +366,15 @@ def prepare(args, place) -> tuple[Lesson, Speech]:
     """The lesson, and test speech. Rank 0 goes first and leaves its files to the others."""
     if place.rank > 0:
         dist.barrier()
-    speech = load(args.data, args.root)
-    train = speech.part("train")
     teacher = load_teacher(args.teacher, args.teacher_layers)
     teacher_id = fingerprint(teacher)  # on the CPU, so that all processes agree
     teacher = teacher.to(place.device)
-    targets = keep_targets(args, place, speech, teacher, teacher_id)
-    if args.boundaries:
+    speech = load(args.data, args.root)
+    train = speech.part("train")
+    if args.boundaries:  # what may be wrong comes before what may take hours
         ends = boundaries.read_boundaries(args.boundaries, train)
-    else:
+    targets = keep_targets(args, place, speech, teacher, teacher_id)
+    if not args.boundaries:
         ends = boundaries.found_boundaries(
             train, targets, teacher_id, args.segment_ms, args.root, place.device
         )
@@ -370,21 +385,21 @@ def prepare(args, place) -> tuple[Lesson, Speech]:
 
 
 def keep_targets(args, place, speech, teacher, teacher_id):
-    """What targets_of shall read or ask: kept targets of all speech, or the teacher."""
+    """What targets_of shall read or ask: kept targets of all speech, or the teacher. Sets
+    args.keep_targets to what was decided."""
     kept = KeptTargets(cache_path(speech, teacher_id, args.root), speech, teacher, place.device)
     if place.rank == 0 and kept.wanted(args.keep_targets, teacher):
         kept.write(teacher)
     # The other processes take what rank 0 has left.
     found = args.keep_targets != "never" and kept.complete()
-    # What was decided is written into the checkpoint. A run that goes on must not decide anew,
-    # since float16 targets give other weights.
+    # It is written into the checkpoint. A run that goes on must not decide anew, since float16
+    # targets give other weights.
     args.keep_targets = "always" if found else "never"
     return kept if found else teacher
 
 
-def train_loop(args, place, lesson, state, checkpoint):
-    """state: model, optimiser, and the step with which to begin."""
-    model, optimizer, first_step = state
+def train_loop(args, place, lesson, model, optimizer, first_step, checkpoint):
+    """All steps from first_step on, with a checkpoint now and then, and one at the end."""
     device, train, ends = place.device, lesson.train, lesson.ends
     segments = sum(len(e) for e in ends)
     frames = sum(int(e[-1]) for e in ends)
@@ -465,6 +480,7 @@ def train_loop(args, place, lesson, state, checkpoint):
                 "heads": model.heads.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "step": done,
+                "speech": speech_id(train),
                 "args": vars(args),
             }
             save(content, checkpoint)
@@ -509,30 +525,59 @@ def non_finite(what, step, lams, batch, train, checkpoint) -> FloatingPointError
     return FloatingPointError(f"step {step}, λ = {shown}: {what}, utterances {ids}; {left}")
 
 
-def resume(checkpoint, model, optimizer, args) -> int:
-    """Load a checkpoint of the same run into model and optimiser; return the step to go on with."""
+def read_checkpoint(checkpoint, args) -> dict:
+    """The checkpoint of a run with the same flags. Where this run has not decided yet whether to
+    keep the teacher's targets, it does as that one did."""
     content = load_checkpoint(checkpoint)
     if "optimizer" not in content:
         raise ValueError(f"{checkpoint} can't be resumed: pretrain.py did not write it")
     try:
-        then = {"keep_targets": "never", **content["args"]}  # as before there was such a flag
-        differ = {
-            flag: (now, then.get(flag))
-            for flag, now in vars(args).items()
-            if flag not in MAY_CHANGE and then.get(flag) != now
-        }
-        if not differ:
-            model.encoder.load_state_dict(content["encoder"])
-            model.heads.load_state_dict(content["heads"])
-            optimizer.load_state_dict(content["optimizer"])
-            return content["step"]
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        then = dict(content["args"])
+        if args.keep_targets == "auto":
+            args.keep_targets = then["keep_targets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(checkpoint, error) from None
+    differ = {
+        flag: (now, then.get(flag))
+        for flag, now in vars(args).items()
+        if flag not in MAY_CHANGE and then.get(flag) != now
+    }
+    if differ:
         raise ValueError(
-            f"{checkpoint} can't be resumed: it is damaged ({error!r:.200}). Choose another --out"
-        ) from None
-    raise ValueError(
-        f"{checkpoint} is of another run (flag: now, then): {differ}. Choose another --out"
+            f"{checkpoint} is of another run (flag: now, then): {differ}. Choose another --out"
+        )
+    return content
+
+
+def resume(checkpoint, model, optimizer, lesson, args) -> int:
+    """Load a checkpoint of the same run into model and optimiser; return the step to go on with."""
+    content = read_checkpoint(checkpoint, args)
+    try:
+        same_speech = content["speech"] == speech_id(lesson.train)
+        model.encoder.load_state_dict(content["encoder"])
+        model.heads.load_state_dict(content["heads"])
+        optimizer.load_state_dict(content["optimizer"])
+        step = content["step"]
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise damaged(checkpoint, error) from None
+    if not same_speech:
+        raise ValueError(
+            f"{checkpoint} was made with other speech than {args.data} holds now, so its batches "
+            "would be others: put back what it held, or choose another --out"
+        )
+    return step
+
+
+def damaged(checkpoint, error) -> ValueError:
+    return ValueError(
+        f"{checkpoint} can't be resumed: it is damaged ({error!r:.200}). Choose another --out"
     )
+
+
+def speech_id(speech: Speech) -> str:
+    """What the plan of batches depends on: which utterances there are, and how long they are."""
+    listed = [[u.id, u.samples] for u in speech.utterances]
+    return hashlib.sha1(json.dumps(listed).encode()).hexdigest()
 
 
 # 4. What has been learned, on speech that was held out.

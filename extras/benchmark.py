@@ -362,14 +362,14 @@ def run_steps(pretraining, first) -> dict:
     """
     args, lesson = pretraining.args, pretraining.lesson
     args.steps = first + STEPS
-    state = (pretraining.model, pretraining.optimizer, first)
+    models = (pretraining.model, pretraining.optimizer)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(pretrain, "check_held_out", return_value=""))
         stack.enter_context(mock.patch.object(pretrain, "save"))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         start = timer()
-        pretrain.train_loop(args, pretraining.place, lesson, state, Path("none"))
+        pretrain.train_loop(args, pretraining.place, lesson, *models, first, Path("none"))
         seconds = timer() - start
     samples = 0
     for batch in islice(batches(lesson.train, args.batch_seconds, args.seed), first, args.steps):

@@ -208,7 +208,8 @@ def found_boundaries(
 def read_boundaries(path, speech: Speech) -> list[np.ndarray]:
     """The ends of every utterance's segments, in frames; the last one is its last frame.
 
-    Raises ValueError that names a bad line, or an utterance that the file lacks.
+    Raises ValueError that names a bad line, or an utterance that the file lacks, or says that the
+    times can't be seconds.
     """
     ends_of = _read_ends(path)
     missing = [u.id for u in speech.utterances if u.id not in ends_of]
@@ -224,6 +225,12 @@ def read_boundaries(path, speech: Speech) -> list[np.ndarray]:
         ends = ends_of[u.id]
         inside = ends[(ends > 0) & (ends < last)]
         result.append(np.unique(np.append(inside, np.int32(last))))  # sorted
+    frames = sum(int(ends[-1]) for ends in result)
+    mean_ms = FRAME_MS * frames / sum(len(ends) for ends in result)
+    if mean_ms > 2000:
+        raise ValueError(
+            f"{path}: segments last {mean_ms:.0f} ms on average; are its times in seconds?"
+        )
     return result
 
 
@@ -238,15 +245,15 @@ def _read_ends(path) -> dict[str, np.ndarray]:
                 id, _, times = line.rstrip("\n").partition("\t")
                 seconds = np.array([float(time) for time in times.split()])
                 usable = len(seconds) > 0 and np.isfinite(seconds).all() and seconds.min() >= 0
-                if id and not usable:  # without an id: an empty line
+                if id and (not usable or id in ends_of):  # without an id: an empty line
                     raise ValueError
                 ends_of[id] = np.round(seconds * 1000 / FRAME_MS).astype(np.int32)
         except UnicodeDecodeError:
             raise ValueError(f"{path}, after line {number}: not UTF-8") from None
         except ValueError:
             raise ValueError(
-                f"{path}, line {number} ({id}): expected an id, a tab, and times >= 0 in seconds, "
-                "separated by spaces"
+                f"{path}, line {number} ({id}): expected an id that no line before it has, a tab, "
+                "and times >= 0 in seconds, separated by spaces"
             ) from None
     return ends_of
 

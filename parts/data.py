@@ -93,8 +93,8 @@ class Speech(Dataset):
         n_test = self.held_out[1] * len(self)
 
         # Groups are dealt out in an order that looks random but depends on their names alone: first
-        # to test, then to valid, until each holds its share; the rest is for training. So is a
-        # group that is large beside the others and beside a share.
+        # to test, then to valid, until each holds its share; the rest is for training. A group that
+        # is larger than a share, and than two mean groups, is never held out.
         split_of = {}
         count = Counter()
         most = max(2 * len(self) / len(sizes), n_valid, n_test)
@@ -313,6 +313,8 @@ def read_sound(path, start=0, stop=None) -> Tensor:
         sound, rate = soundfile.read(path, start=start, stop=stop, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
         raise ValueError(f"{path}: {error}") from None
+    if stop is not None and len(sound) < stop - start:  # damage in the middle is no error to it
+        raise ValueError(f"{path}: damaged, {len(sound)} of {stop - start} samples can be read")
     waveform = torch.from_numpy(sound).mean(1)  # (samples, channels) -> (samples,)
 
     # The resampling filter grows as the greatest common divisor of the two rates shrinks, to

@@ -148,6 +148,10 @@ def load_teacher(name, layers=None):
     if Path(name).is_dir() or _may_be_on_the_hub(name):
         model, normalise = _model_from_transformers(name)
         return _with_layers(model, layers, name, normalise=normalise, eps=1e-7)  # as it does it
+    if not Path(name).exists():
+        raise ValueError(
+            f"no teacher {name}: expected {', '.join(TEACHERS)}, a FILE, a FOLDER or OWNER/NAME"
+        )
     return _with_layers(_model_from_file(name), layers, name)
 
 

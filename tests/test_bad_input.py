@@ -73,6 +73,7 @@ FILES = {
     "bytes.tsv": bytes(range(256)),
     "other.tsv": "other\t0.1\n",
     "word.tsv": "other\tx\n",
+    "same-id.tsv": "other\t0.1\nother\t0.2\n",
     "no-times.tsv": "other\t\n",
     "nan.tsv": "other\tnan\n",
     "negative.tsv": "other\t-1\n",
@@ -194,6 +195,7 @@ def place(folder, tmp_path_factory):
             "of-encoder/checkpoint.pt": encoder,
             "of-payload/checkpoint.pt": {**run, "optimizer": Payload()},
             "of-nothing/checkpoint.pt": {"optimizer": {}},
+            "of-other-speech/checkpoint.pt": {**run, "speech": "another"},
             "of-other-size/checkpoint.pt": {
                 **run,
                 "encoder": {k: v.flatten()[:1] for k, v in run["encoder"].items()},
@@ -303,8 +305,9 @@ ROWS = [
     (
         "a teacher that is not there",
         "pretrain.py --teacher nowhere.pt",
-        "no checkpoint at nowhere.pt",
+        "no teacher nowhere.pt: expected mfcc, hubert_base, a FILE",
     ),
+    ("a mistyped teacher", "pretrain.py --teacher hubert_bse", "no teacher hubert_bse: expected"),
     (
         "a damaged HuBERT Base in the cache",
         "pretrain.py --teacher hubert_base",
@@ -369,6 +372,21 @@ ROWS = [
         "λ for a peer of one rate",
         "pretrain.py --compression average2 --lam 0.5",
         "average2 has one rate",
+    ),
+    (
+        "a quantity of tokens that are given",
+        "pretrain.py --compression none --quantity 1",
+        "none has one rate",
+    ),
+    (
+        "several λ, all one",
+        "pretrain.py --lam 0.5 --lams-per-step 5",
+        "--lams-per-step: nothing is",
+    ),
+    (
+        "a range of one λ",
+        "pretrain.py --compression none --lam-max 1",
+        "--lam-max: nothing is drawn",
     ),
     (
         "bf16 where it may be wrong",
@@ -457,6 +475,11 @@ ROWS = [
         "going on with weights of another size",
         "pretrain.py --out of-other-size --resume",
         "of-other-size/checkpoint.pt can't be resumed: it is damaged",
+    ),
+    (
+        "going on with other speech",
+        "pretrain.py --out of-other-speech --resume",
+        "of-other-speech/checkpoint.pt was made with other speech than forty holds now",
     ),
     (
         "a folder called checkpoint.pt",
@@ -926,9 +949,10 @@ ROWS = [
     (
         "boundaries that are words",
         lambda: ends("word.tsv"),
-        "word.tsv, line 1 (other): expected an id, a tab",
+        "word.tsv, line 1 (other): expected an id that no line before it has, a tab",
     ),
     ("no boundaries", lambda: ends("no-times.tsv"), "no-times.tsv, line 1 (other)"),
+    ("boundaries twice", lambda: ends("same-id.tsv"), "same-id.tsv, line 2 (other)"),
     ("boundaries at nan", lambda: ends("nan.tsv"), "nan.tsv, line 1 (other)"),
     ("boundaries before 0", lambda: ends("negative.tsv"), "negative.tsv, line 1 (other)"),
     (

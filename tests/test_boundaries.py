@@ -19,7 +19,7 @@ from parts.boundaries import (
     segment,
     spreads,
 )
-from parts.data import Speech, load
+from parts.data import Speech, Utterance, load
 from parts.teachers import load_teacher
 
 FRAMES = 6  # of an utterance without padding, in the test by brute force
@@ -143,6 +143,14 @@ def test_a_file_of_times_from_elsewhere(some, tmp_path):
     ends = read_boundaries(path, few)
     assert ends[0].tolist() == [5, 10, frames_of(first.samples)]
     assert ends[1].tolist() == [15, frames_of(second.samples)]
+
+
+def test_times_in_milliseconds_are_refused(tmp_path):
+    speech = Speech([Utterance(f"{n}", "speaker", 3 * 16_000) for n in range(4)])
+    path = tmp_path / "ms.tsv"
+    path.write_text("".join(f"{n}\t90 180 250 340\n" for n in range(4)))
+    with pytest.raises(ValueError, match="ms.tsv: segments last 2980 ms .* in seconds?"):
+        read_boundaries(path, speech)
 
 
 # Guidance.

@@ -219,6 +219,23 @@ def test_a_folder_names_the_files_that_it_leaves_out(mixed_folder, capsys):
         assert name not in printed
 
 
+def test_a_file_that_is_damaged_in_the_middle_is_left_out(tmp_path, capsys):
+    """Its header is whole, and it ends where it should."""
+    tone(tmp_path / "a.ogg", 5)
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 5 * 16_000)
+    soundfile.write(tmp_path / "b.ogg", noise, 16_000)
+    sound = bytearray((tmp_path / "b.ogg").read_bytes())
+    middle = len(sound) // 2
+    sound[middle : middle + 3000] = bytes(3000)
+    (tmp_path / "b.ogg").write_bytes(sound)
+    speech = load(str(tmp_path))
+    assert [u.samples for u in speech.utterances] == [80_000, 80_000]
+    (loaded,) = loader(speech, [[0, 1]])
+    used, waveforms, _ = loaded
+    assert used == [0] and len(waveforms) == 1
+    assert "left out: " in capsys.readouterr().err
+
+
 def test_sound_of_a_folder_is_resampled_and_as_long_as_announced(mixed_folder):
     speech = load(str(mixed_folder))
     for i, u in enumerate(speech.utterances):

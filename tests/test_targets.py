@@ -490,12 +490,11 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(run, monkeypatch):
     assert same_end("straight", "stopped")
 
 
-def test_a_checkpoint_from_before_there_was_the_flag_can_be_resumed(run):
+def test_a_run_that_kept_nothing_goes_on_when_targets_are_there(run):
     run("--out", "a", "--keep-targets", "never", "--steps", "2")
-    content = load_checkpoint("a/checkpoint.pt")
-    del content["args"]["keep_targets"]
-    save(content, Path("a/checkpoint.pt"))
-    run("--out", "a", "--keep-targets", "never", "--steps", "2", "--resume")
+    run("--out", "b", "--keep-targets", "always", "--steps", "2")
+    run("--out", "a", "--steps", "2", "--resume")
+    assert load_checkpoint("a/checkpoint.pt")["args"]["keep_targets"] == "never"
 
 
 def test_a_small_disk_ends_the_script_in_one_line_or_is_done_without(run, monkeypatch, capsys):
