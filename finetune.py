@@ -237,6 +237,13 @@ def check(args):
         for lam in args.lam:
             check_lam(lam)
         check_distinct(args, "lam")
+    parser = build_parser()
+    for name, needed, met in (
+        ("fold", "--task er", args.task == "er"),
+        ("encoder_lr", "--unfreeze", args.unfreeze),
+    ):
+        if getattr(args, name) != parser.get_default(name) and not met:
+            raise ValueError(f"--{name.replace('_', '-')} is for {needed}: leave it out")
     check_numbers(args, "seeds", "symbols_per_token", "beam", "epochs")
     check_numbers(args, "lr", "encoder_lr")
     check_numbers(args, "seed", zero=True)

@@ -8,6 +8,7 @@ Points that differ in their seeds alone are one *setting*, and are summed up tog
 all rates is read as a curve; so are the heads of one seed at several λ.
 """
 
+import json
 import re
 from collections import defaultdict
 from typing import NamedTuple
@@ -80,16 +81,23 @@ def load_points(folder) -> dict[Setting, list[dict]]:
         )
         beside = points.setdefault(setting, [])
         beside.append(point)
-        seeds = {"seed"} if model == path.parent.name else {"seed", "checkpoint_sha1"}
-        differ = set(differing(config, beside[0]["config"])) - seeds
-        if differ:
-            raise ValueError(
-                f"{path} is of another configuration than the points with other seeds beside it "
-                f"({', '.join(sorted(differ))} differ)"
-            )
+        check_alike(path, config, beside[0]["config"])
     if not points:
         raise ValueError(f"no points under {folder}: `make sweep RESULTS={folder}` computes them")
     return points
+
+
+def check_alike(path, config, first):
+    """Refuse a point that differs from the first of its kind in more than seeds, by ValueError."""
+    seeds = {"seed"}
+    if re.search(r"-seed\d+$", path.parent.name):
+        seeds.add("checkpoint_sha1")
+    differ = set(differing(config, first)) - seeds
+    if differ:
+        raise ValueError(
+            f"{path} is of another configuration than the points with other seeds beside it "
+            f"({', '.join(sorted(differ))} differ)"
+        )
 
 
 class Summary:
@@ -191,6 +199,7 @@ def load_heads(folder, model, task, which="own", features="encoder") -> list[Hea
     which: "any", one head for all rates; or "own", a head at each λ, which are gathered by seed.
     """
     gathered = defaultdict(list)  # {(encoder, seed): rows}
+    first = None  # the configuration of the first head for all rates
     folders = [folder / model, *sorted(folder.glob(f"{model}-seed*"))]
     for path in [path for place in folders for path in sorted(place.glob(f"{task}-*.json"))]:
         point = read_point(path)
@@ -198,7 +207,11 @@ def load_heads(folder, model, task, which="own", features="encoder") -> list[Hea
         is_any = config.get("lam") == "any"
         if config["features"] != features or "way" in config or is_any != (which == "any"):
             continue
-        rows = point["rows"] if is_any else [point]
+        rows = [point]
+        if is_any:
+            first = first or config
+            check_alike(path, config, first)
+            rows = point["rows"]
         gathered[config["checkpoint_sha1"], config["seed"]] += rows
     heads = []
     for (encoder, _), rows in gathered.items():
@@ -213,3 +226,19 @@ def read_at(heads, period) -> tuple[np.ndarray, np.ndarray]:
     tests = [np.interp(period, head.periods, head.test) for head in heads]
     draws = [[np.interp(period, head.periods, column) for column in head.draws.T] for head in heads]
     return np.array(tests), np.array(draws)
+
+
+# 3. What other scripts have measured.
+
+
+def read_measured(path, script, name="rows") -> dict:
+    """What a script has written: rows, under a name, and more. Raises ValueError without them."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content[name]  # a KeyError, if there are none
+        return content
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path} is no table of {script}, or it is damaged: make it anew with `make results` "
+            "or `make sweep`"
+        ) from None

@@ -20,7 +20,8 @@ import sys
 
 import torch
 
-from ofa_encoder import OFAEncoder, check_lam, load_checkpoint
+from finetune import LAM_MAX
+from ofa_encoder import OFAEncoder, check_lam, load_checkpoint, period_from_lam
 from parts.data import read_sound
 from parts.heads import HEADS, tell
 
@@ -55,7 +56,14 @@ def choose_lam(args, encoder, trained) -> float:
         raise ValueError("--lam and --ms say the same: give one of them")
     lam = encoder.lam_for(args.ms) if args.ms is not None else args.lam
     if trained == "any":
-        return check_lam(lam or 0.0)
+        lam = check_lam(lam or 0.0)
+        if lam > LAM_MAX:
+            longest = period_from_lam(LAM_MAX, encoder.mean_alpha.item())
+            raise ValueError(
+                f"{args.head} was trained up to λ = {LAM_MAX:g}, that is {longest:.0f} ms a token; "
+                f"λ = {lam:.2f} is beyond"
+            )
+        return lam
     if lam is not None:
         raise ValueError(
             f"{args.head} was trained at λ = {trained:g} and serves no other: leave out --lam and "

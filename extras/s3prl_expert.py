@@ -71,6 +71,9 @@ class UpstreamExpert(nn.Module):
         if ms is not None:
             lam = self.encoder.lam_for(ms)
         self.lam = check_lam(0.0 if lam is None else lam)
+        config = self.encoder.config
+        if self.lam and config.compression != "cif":
+            raise ValueError(f"{ckpt} has one fixed rate ({config.compression}) and no λ")
 
     def get_downsample_rates(self, key: str) -> int:
         """Samples for each frame of what `forward` returns under key: the same for all."""

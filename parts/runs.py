@@ -29,7 +29,7 @@ import torch
 
 HIGHER_IS_BETTER = ("accuracy", "mAP", "slot-type F1")  # of the metrics of tasks.py and superb.py
 
-# What extras/results.py reads of a point, and of its configuration.
+# What every point has, and its configuration.
 NEEDED = {
     "config",
     "metric",
@@ -224,6 +224,9 @@ def read_point(path) -> dict:
     try:
         point = json.loads(path.read_text(encoding="utf-8"))
         complete = NEEDED <= point.keys() and NEEDED_IN_CONFIG <= point["config"].keys()
+        # A search's points are of one λ, though their configuration is their head's.
+        is_head = point["config"].get("lam") == "any" and "way" not in point["config"]
+        complete = complete and (not is_head or "rows" in point)
     except (ValueError, AttributeError):  # no JSON, or JSON of something else
         complete = False
     if not complete:

@@ -1,6 +1,6 @@
 """Scores: what a head's predictions are worth.
 
-    ctc, seq2seq   error rates of symbols (CER, PER, WER): edits per symbol of the target
+    ctc, seq2seq   error rates (CER, PER, WER): edits per symbol, or word, of the target
     pool           accuracy, or mAP where several labels may apply: mean average precision
     SUPERB         slot-type F1 and others, in parts/superb.py
 
@@ -31,15 +31,24 @@ def score(task: Task, predicted: list, targets: list, metric="") -> float:
             return 100 * accuracy(scores, targets, task.groups)
         return 100 * mean_average_precision(scores, targets)
 
-    if task.kind == "ctc" and metric in SUPERB_METRICS:  # these need the symbols, not their numbers
+    if metric in SUPERB_METRICS:  # these need the symbols, not their numbers
         return 100 * SUPERB_METRICS[metric](
             [to_symbols(task, numbers) for numbers in predicted],
             [to_symbols(task, numbers) for numbers in targets],
         )
 
-    # Error rates of symbols (CER, PER, WER): edits from prediction to target, per symbol of target.
-    edits = sum(edit_distance(p, t) for p, t in zip(predicted, targets))
-    return 100 * edits / sum(len(t) for t in targets)
+    # Error rates (CER, PER, WER): edits from prediction to target, per unit of the target.
+    edits, counts = zip(*(edits_of(task, p, t) for p, t in zip(predicted, targets)))
+    return 100 * sum(edits) / sum(counts)
+
+
+def edits_of(task, predicted, target) -> tuple[int, int]:
+    """How many edits lead from one prediction to its target, and how long the target is. What is
+    counted are symbols; words, where symbols are letters and the metric is WER (SUPERB's asr)."""
+    if task.kind == "ctc" and task.metric == "WER":
+        predicted = "".join(to_symbols(task, predicted)).split()
+        target = "".join(to_symbols(task, target)).split()
+    return edit_distance(predicted, target), len(target)
 
 
 DRAWS = 200  # of bootstrap
@@ -61,16 +70,17 @@ def bootstrap(task: Task, predicted: list, targets: list, utterances: list[int])
     random = np.random.default_rng(0)
     draws = random.integers(len(members), size=(DRAWS, len(members)))
 
-    by_symbol = task.kind != "pool" and not (task.kind == "ctc" and task.metric in SUPERB_METRICS)
-    if not by_symbol:
+    if task.kind == "pool" or task.metric in SUPERB_METRICS:
         return [
             score(task, [predicted[k] for k in some], [targets[k] for k in some])
             for some in ([k for g in draw for k in members[g]] for draw in draws)
         ]
-    # Edits and symbols of each group are counted once.
-    edits = np.array([sum(edit_distance(predicted[k], targets[k]) for k in g) for g in members])
-    symbols = np.array([sum(len(targets[k]) for k in g) for g in members])
-    return (100 * edits[draws].sum(1) / symbols[draws].sum(1)).tolist()
+    # Error rates: what each group has of edits and of symbols, or words, is counted once.
+    of_groups = []
+    for group in members:
+        of_groups.append(np.sum([edits_of(task, predicted[k], targets[k]) for k in group], 0))
+    edits, counts = np.array(of_groups).T
+    return (100 * edits[draws].sum(1) / counts[draws].sum(1)).tolist()
 
 
 def to_symbols(task, numbers) -> list[str]:

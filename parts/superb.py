@@ -430,17 +430,6 @@ def read_rows(name, folder, fold) -> list[Row]:
 # the symbols of each utterance, and returns a share: 1 is 100 %, and error rates may exceed it.
 
 
-def word_error_rate(predicted, wanted) -> float:
-    """Edits per wanted word. Words are what spaces separate among the symbols."""
-    edits = 0
-    total = 0
-    for p, w in zip(predicted, wanted):
-        words = "".join(w).split()
-        edits += edit_distance("".join(p).split(), words)
-        total += len(words)
-    return edits / total
-
-
 def slot_values(symbols) -> dict[str, list[str]]:
     """The values between <slot> and </slot>, for each slot that has one that is not empty."""
     values_of = {}
@@ -486,7 +475,6 @@ def slot_value_cer(predicted, wanted) -> float:
 
 
 SUPERB_METRICS = {
-    "WER": word_error_rate,
     "slot-type F1": slot_type_f1,
     "slot-value CER": slot_value_cer,
 }

@@ -292,7 +292,7 @@ def read_table(path, file_column, column, **dialect) -> list[Row]:
         raise ValueError(f"no such file: {path}")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, **dialect)
+            reader = csv.DictReader(file, strict=True, **dialect)  # no quote is left open
             numbered = [(reader.line_num, cells) for cells in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a {kind} in UTF-8 ({error})") from None
@@ -313,8 +313,13 @@ def read_table(path, file_column, column, **dialect) -> list[Row]:
 
 
 def check_row(path, line, cells: dict, file_column, column) -> Row:
-    """cells: what is in each column; None, if the line is too short to have it."""
+    """cells: what is in each column; None, if the line is too short to have it. What a line has
+    beyond the last column is under None."""
     where = f"{path}, line {line}"
+    if None in cells:
+        raise ValueError(
+            f"{where}: more cells than the header has; in a CSV, put a text with commas into quotes"
+        )
     answer = (cells[column] or "").strip()
     if not cells[file_column] or not answer:
         raise ValueError(f"{where}: {file_column} or {column} is empty")

@@ -63,6 +63,9 @@ FILES = {
     "twice.tsv": SPLIT + "a.wav\tx\ttrain\n\n./a.wav\tx\ttest\n",
     "unseen.tsv": SPLIT + "a.wav\tx\ttrain\nb.wav\tx\tvalid\nc.wav\ty\ttest\n",
     "commas.tsv": "path,label\na.wav,x\n",
+    "long-row.tsv": HEADER + "a.wav\tx\ty\n",
+    "comma/metadata.csv": "file_name,text\na.wav,press one, then two\n",
+    "quote/metadata.csv": 'file_name,text\na.wav,"press one\nb.wav,hello\n',
     "latin-1.tsv": (HEADER + "a.wav\tMüller\n").encode("latin-1"),
     "utf-16.tsv": (HEADER + "a.wav\tx\n").encode("utf-16"),
     "long.tsv": HEADER + "a.wav\t" + "x" * 200_000,
@@ -210,6 +213,10 @@ def place(folder, tmp_path_factory):
         shutil.copytree(REPO / "results/average2", "with-firing/average2")
         Path("with-firing/firing").mkdir()
         Path("with-firing/firing/ofa.json").write_text("[]")
+        Path("with-firing/firing/segments.json").write_text("{}")
+        Path("with-times/x").mkdir(parents=True)
+        Path("with-times/x/x.json").touch()
+        Path("with-times/benchmark-heads.json").write_text("cut")
     return place
 
 
@@ -705,6 +712,23 @@ ROWS = [
         "finetune.py --data half-split",
         "half-split/metadata.csv, line 3: ../a.wav lies in no folder named train, validation or",
     ),
+    (
+        "a cell too many",
+        "finetune.py --data long-row.tsv",
+        "line 2: more cells than the header has",
+    ),
+    (
+        "a comma in a text",
+        "finetune.py --task ctc --data comma",
+        "comma/metadata.csv, line 2: more cells than the header has; in a CSV, put a text with",
+    ),
+    (
+        "a quote that is left open",
+        "finetune.py --task ctc --data quote",
+        "quote/metadata.csv: not a CSV in UTF-8 (unexpected end of data)",
+    ),
+    ("a fold of none", "finetune.py --fold 2", "--fold is for --task er"),
+    ("a frozen encoder's rate", "finetune.py --encoder-lr 1e-3", "--encoder-lr is for --unfreeze"),
     ("no folder validation", "finetune.py --data no-valid", "no utterance is left for valid"),
     (
         "a label that train lacks",
@@ -792,6 +816,11 @@ ROWS = [
     ("pictures of nothing", "extras.pictures nowhere.pt", "no checkpoint at nowhere.pt"),
     ("an export of nothing", "extras.export nowhere.pt x.onnx", "no checkpoint at nowhere.pt"),
     ("claims of nothing", "extras.claims nowhere", "no points under nowhere"),
+    (
+        "claims with damaged times",
+        "extras.claims with-times",
+        "with-times/benchmark-heads.json is no table of benchmark.py",
+    ),
     ("results of half a point", "extras.results points", "points/half/1.json is no point"),
     (
         "results of a bare point",
@@ -801,7 +830,7 @@ ROWS = [
     (
         "results with a damaged table",
         "extras.results with-firing",
-        "with-firing/firing/ofa.json is no table of firing.py",
+        "with-firing/firing/segments.json is no table of firing.py",
     ),
     # the Python API: the encoder
     ("an array", lambda: encoder(np.zeros((1, 800))), "waveforms is a ndarray, expected a tensor"),

@@ -515,6 +515,10 @@ def test_one_head_for_any_rate(run, run_predict, tested, monkeypatch, capsys):
     assert share_right(run_predict(head, "--ms", "77", *tested), tested) >= 80
     with pytest.raises(ValueError, match="can't be had"):
         run_predict(head, "--ms", "5", *tested)
+    with pytest.raises(
+        ValueError, match="was trained up to λ = 1.6, that is .* λ = 1.95 is beyond"
+    ):
+        run_predict(head, "--lam", "1.95", *tested)
     with pytest.raises(ValueError, match="give one of them"):
         run_predict(head, "--ms", "50", "--lam", "0.5", *tested)
 

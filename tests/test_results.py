@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from extras import claims, curves, results
-from extras.points import METRIC_OF, PEERS, TASKS, load_points, mean_and_sd, select
+from extras.points import METRIC_OF, PEERS, TASKS, load_heads, load_points, mean_and_sd, select
 
 REPO = Path(__file__).parent.parent
 
@@ -90,11 +90,19 @@ def test_tables_by_hand(points, monkeypatch, capsys):
     assert "| once-for-all | 0.0 | 20.0 | 0.100 | 40.5 ± 0.7 | 1 | 2 | 2 | 10 % |" in text
     assert "| log-mel | | | | 70.0 | 0 | 1 | 2 | 10 % |" in text
     # The best of the grid has the lowest error rate, or the highest mAP.
-    learned = "| autograd | 0.1 | 0 | 2 | 0.70 ± 0.00 | 27 | 41.5 ± 0.7"
+    learned = "| autograd | 0.1 | 0 | 2 | 0.70 ± 0.00 | 27 | 2 | 41.5 ± 0.7"
     assert f"| characters (CTC) {learned} | 40.5 ± 0.7 at 0 | -1.0 |" in text
     assert f"| concepts (pooling) {learned} | 50.5 ± 0.7 at 1 | -9.0 |" in text
-    assert "| characters (CTC) | differences | 0.1 | 0 | 2 | 0.70 ± 0.00 | 25 | 39.5 ± 0.7" in text
-    assert "| characters (CTC) | autograd | 0.1 | 3 | 1 | 0.70 | 36 | 43.0 |" in text
+    differences = "| characters (CTC) | differences | 0.1 | 0 | 2 | 0.70 ± 0.00 | 25"
+    assert f"{differences} | 2 | 39.5 ± 0.7 | 40.5 ± 0.7 at 0 | +1.0 |" in text
+    assert "| characters (CTC) | autograd | 0.1 | 3 | 1 | 0.70 | 36 | 2 | 43.0 |" in text
+
+    # Heads that learned for longer are not compared with the grid.
+    for path in points.glob("learned-differences/*.json"):
+        point = json.loads(path.read_text())
+        path.write_text(json.dumps({**point, "epochs": 3}))
+    text = re.sub(" +", " ", make(points, monkeypatch))
+    assert f"{differences} | 3 | 39.5 ± 0.7 | 40.5 ± 0.7 at 0 | |" in text
 
 
 def test_means_are_over_encoders_where_there_are_several():
@@ -174,6 +182,13 @@ def test_heads_for_all_rates_are_curves(points):
         assert lines[theirs].get_ydata().tolist() == [50, 60, 70]
     _, lines = lines_drawn(points, "pool", "period")
     assert ours not in lines
+
+
+def test_heads_for_all_rates_of_other_configurations_are_not_averaged(tmp_path):
+    write_any(tmp_path, "any", [30, 40, 60], task="ctc", seed=0, epochs=90)
+    write_any(tmp_path, "any", [30, 40, 60], task="ctc", seed=1, epochs=150)
+    with pytest.raises(ValueError, match=r"any-seed1.json is of another .*epochs differ"):
+        load_heads(tmp_path, "any", "ctc", "any")
 
 
 def test_other_configurations_are_not_averaged(tmp_path):

@@ -17,9 +17,10 @@ import torch
 
 import finetune
 from ofa_encoder import PRESETS, OFAEncoder
+from parts.data import Speech, Utterance
 from parts.runs import save
-from parts.scores import score
-from parts.superb import SUPERB, load_superb, slot_type_f1, slot_value_cer, spell, word_error_rate
+from parts.scores import DRAWS, bootstrap, score
+from parts.superb import SUPERB, load_superb, slot_type_f1, slot_value_cer, spell
 from parts.tasks import Task
 
 REPO = Path(__file__).parent.parent
@@ -389,7 +390,14 @@ def test_slots_are_spelled(text, tags, spelled):
 def test_word_error_rate_by_hand():
     wanted = ["a dog", "he s", "so"]
     predicted = ["a cat", "he  s", ""]  # dog and so are wrong, of five words
-    assert word_error_rate(predicted, wanted) == pytest.approx(2 / 5)
+    letters = sorted(set("".join(wanted + predicted)))
+    said = Utterance("x", "speaker", 16_000)
+    task = Task("ctc", "WER", Speech([said] * 3), wanted, ["test"] * 3, letters)
+    numbers = [
+        [[letters.index(c) for c in text] for text in texts] for texts in (predicted, wanted)
+    ]
+    assert score(task, *numbers) == pytest.approx(40)
+    assert bootstrap(task, *numbers, [0, 1, 2]) == pytest.approx([40] * DRAWS)  # one group
 
 
 WANTED = [
