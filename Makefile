@@ -48,14 +48,15 @@ DEMO = runs/demo$(if $(filter-out mfcc,$(TEACHER)),-$(subst /,-,$(TEACHER)))
 # Several small jobs side by side are faster than one with several threads.
 ONE_THREAD = OMP_NUM_THREADS=1 .venv/bin/python
 HEADS = --seeds 3 $(if $(filter seq2seq,$1),--epochs 40)
-# A head for all rates of CTC learns for longer: for about the time of five heads of their own.
+# A head for all rates of CTC learns for longer: for about the time of five heads of their own. So
+# does one at a λ that was learned by differences, to be compared with it.
 ANY_RATE = $(call HEADS,$1) $(if $(filter ctc,$1),--epochs 150)
 FINETUNE = $(ONE_THREAD) finetune.py $(call HEADS,$1) --task $1
 FINETUNE_ANY = $(ONE_THREAD) finetune.py $(call ANY_RATE,$1) --task $1 --lam any
 PRICES_BY_loss = $(if $(filter pool,$1),0 0.03 0.1 0.3,0 0.3 1 3)
 PRICES_BY_metric = 0 5 10 20
 SEARCH = $(ONE_THREAD) adaptive_lambda.py $(call ANY_RATE,$1) --task $1 --way search
-LEARN = $(ONE_THREAD) adaptive_lambda.py $(call HEADS,$1) --task $1
+LEARN = $(ONE_THREAD) adaptive_lambda.py --task $1
 
 demo: data/asterisk.pt
 	@echo "== pre-training; a stopped run goes on with the same command"
@@ -108,12 +109,15 @@ points-ofa: runs/ofa/encoder.pt
 	$(call FINETUNE,ctc) --symbols-per-token 3 --lam 0.78 1.04 1.53 \
 		--checkpoint $< --out $(RESULTS)/slots
 
-# Each peer at its rate. A peer is named by its compression, or by its λ.
+# Each peer at its rate. A peer is named by its compression, or by its λ. Without compression also
+# heads for characters that learn for as long as those for all rates.
 points-peers: $(PEERS:%=points-peer-%)
 points-peer-%: runs/%/encoder.pt
 	$(foreach task,$(TASKS),$(call FINETUNE,$(task)) --checkpoint $< \
 		--lam $(or $(patsubst lam%,%,$(filter lam%,$(call name_of,$*))),0) \
 		--out $(RESULTS)/$* &&) true
+	$(if $(filter none%,$*),$(call FINETUNE,ctc) --epochs 150 --checkpoint $< \
+		--out $(RESULTS)/$(*:none%=none-150%))
 
 # Tokens that end where segments end, those that it detects and, as an oracle, pseudo-boundaries;
 # beside an encoder that had as many steps (k3); and K = 1, 2, 3.
@@ -135,8 +139,11 @@ points-baselines: runs/ofa/encoder.pt
 
 # λ learned with a head, from three starts, in the paper's way and by differences.
 points-learned: runs/ofa/encoder.pt
-	$(foreach task,$(TASKS),$(foreach way,differences autograd,$(call LEARN,$(task)) \
-		--way $(way) --checkpoint $< --out $(RESULTS)/learned-$(way) &&)) true
+	$(foreach task,$(TASKS),\
+		$(call LEARN,$(task)) $(call ANY_RATE,$(task)) --way differences \
+			--checkpoint $< --out $(RESULTS)/learned-differences && \
+		$(call LEARN,$(task)) $(call HEADS,$(task)) --way autograd \
+			--checkpoint $< --out $(RESULTS)/learned-autograd &&) true
 
 # How long each way takes to find a rate; leave the machine alone meanwhile.
 times: data/asterisk.pt

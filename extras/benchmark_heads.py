@@ -6,7 +6,8 @@ one utterance in SHARE, in turn with those of the others, and the seconds are pu
     grid          frames + for each of five λ: hidden states + epochs · epoch
     any           frames + hidden states at all λ that are kept + epochs · epoch
     search        any + forty rates
-    learned       frames + epochs in which λ is learned, from one start · epoch + one of the five
+    learned       frames + epochs in which λ is learned, from one start · epoch
+                  + hidden states + epochs · epoch, at one of the five λ
 
 frames: the CNN's of all speech; hidden states: of all speech at a λ; forty rates: the head on
 validation speech at each, one rate in SHARE, timed once. Left out: validation now and then in
@@ -29,7 +30,7 @@ from parts.tasks import load_task
 GRID = [0, 0.51, 0.78, 1.04, 1.53]  # λ of the heads beside which finding a rate is timed
 AT = 0.51  # λ of the head that is trained once λ has been learned
 HEADS = {"ctc": [], "seq2seq": ["--epochs", "40"], "pool": []}  # flags of adaptive_lambda.py
-ANY_EPOCHS = {"ctc": 150}  # of a head for all rates, where it learns for longer
+LONGER = {"ctc": 150}  # epochs of a head for all rates, and of one where λ has been measured
 SHARE = 4  # one utterance of so many is in a timed epoch, one rate of so many in a timed test
 SECONDS = 5  # that epochs are repeated in each round: a head for all rates must meet most of them
 
@@ -86,15 +87,16 @@ def measure_heads(args, repeats) -> dict:
     rates_s = SHARE * (timer() - started)
 
     encode_s = {lam: states.seconds for lam, states in grid.items()}
-    own = {lam: encode_s[lam] + args.epochs * epoch_s[lam] for lam in GRID}
+    longer = LONGER.get(args.task, args.epochs)
     seconds = {
-        "grid": frames.seconds + sum(own.values()),
+        "grid": frames.seconds + sum(encode_s[lam] + args.epochs * epoch_s[lam] for lam in GRID),
         "any": frames.seconds
         + sum(states.seconds for states in any_rate)
-        + ANY_EPOCHS.get(args.task, args.epochs) * epoch_s["any"],
+        + longer * epoch_s["any"],
     }
-    for way in learned:
-        seconds[way] = frames.seconds + args.lam_epochs * epoch_s[way] + own[AT]
+    for way, at_it in {"differences": longer, "autograd": args.epochs}.items():
+        learning = args.lam_epochs * epoch_s[way]
+        seconds[way] = frames.seconds + learning + encode_s[AT] + at_it * epoch_s[AT]
     seconds["search"] = seconds["any"] + rates_s
     return {
         "seconds": seconds,

@@ -30,6 +30,7 @@ PEERS = {
     "average4": "average of 4",
     "lam1.04": "CIF at λ = 1.04",
 }
+LONGER_PEER = {"none-150": "no compression, 150 epochs"}
 METRIC_OF = {"ctc": "CER", "seq2seq": "WER", "pool": "mAP"}
 ENCODERS = {
     "ofa": "once-for-all",
@@ -141,11 +142,6 @@ def mean_and_sd(values, encoders):
     if len(varying) == 1:
         return mean, np.full_like(mean, np.nan)
     return mean, np.std(varying, 0, ddof=1)
-
-
-def standard_deviation(values) -> float:
-    """Of a sample; NaN for a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
 def plus_minus(mean, sd, digits) -> str:

@@ -16,7 +16,6 @@ import parts  # noqa: F401  before torch: it sets how the threads of torch wait
 
 # isort: split
 import argparse
-import json
 import sys
 from itertools import product
 from pathlib import Path
@@ -37,6 +36,7 @@ from extras.points import (
     ENCODERS,
     KS,
     LEARNED,
+    LONGER_PEER,
     METRIC_OF,
     PEERS,
     TASKS,
@@ -48,13 +48,14 @@ from extras.points import (
     mean_and_sd,
     plus_minus,
     read_at,
+    read_measured,
     select,
-    standard_deviation,
 )
 from parts.runs import read_point, save_text
 
 OTHER_HEADS = {
     "ofa-150": "once-for-all, 150 epochs",
+    **LONGER_PEER,
     "slots": "once-for-all, 3 symbols a token",
 }
 ONE_HEAD = {  # models of which there are heads for all rates
@@ -151,7 +152,7 @@ def encoders_table(folder) -> str:
 
 
 def mean_of_heads(scores) -> str:
-    return plus_minus(np.mean(scores), standard_deviation(scores), 1) if scores else ""
+    return plus_minus(*mean_and_sd(scores, ["one"] * len(scores)), 1) if scores else ""
 
 
 def search_table(folder) -> str:
@@ -199,7 +200,9 @@ def learned_table(points) -> str:
         best = max(grid, key=lambda lam: gain(task, grid[lam].valid, 0))
         for setting in learned_settings(points, task):
             summary = Summary(points[setting])
-            lams = [point["lam"] for point in points[setting]]
+            better = gain(task, summary.test, grid[best].test)
+            encoders = [point["config"]["checkpoint_sha1"] for point in points[setting]]
+            lams = mean_and_sd([point["lam"] for point in points[setting]], encoders)
             rows.append(
                 [
                     name,
@@ -207,15 +210,16 @@ def learned_table(points) -> str:
                     setting.lam,
                     f"{setting.price:g}",
                     summary.heads,
-                    plus_minus(np.mean(lams), standard_deviation(lams), 2),
+                    plus_minus(*lams, 2),
                     f"{summary.period:.0f}",
+                    f"{summary.epochs:.0f}",
                     summary,
                     f"{grid[best]} at {best:g}",
-                    f"{gain(task, summary.test, grid[best].test):+.1f}",
+                    f"{better:+.1f}" if summary.epochs == grid[best].epochs else "",
                 ]
             )
     header = ["task", "slope by", "λ starts at", "price", "heads", "λ learned", "ms / token"]
-    header += ["metric %", "best of the grid (by validation)", "better by"]
+    header += ["epochs", "metric %", "best of the grid (by validation)", "better by"]
     return table(header, rows)
 
 
@@ -232,19 +236,6 @@ def grid_of_learned(points, task) -> dict:
         if grid and of_grid == hashes:
             return grid
     return {}
-
-
-def read_measured(path, script) -> dict:
-    """What a script has written: "rows", and more. Raises ValueError if it holds no rows."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["rows"]  # a KeyError, if there are none
-        return content
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{path} is no table of {script}, or it is damaged: make it anew with `make results` "
-            "or `make sweep`"
-        ) from None
 
 
 def pretraining_table(folder) -> str:
@@ -289,16 +280,18 @@ def page(points, folder) -> str:
             claims_table(claims),
         ]
         for entry in claims:
-            if numbers_table(entry):
-                text += [f"*{entry['claim']}*: {entry['verdict']}", numbers_table(entry)]
+            numbers = numbers_table(entry)
+            if numbers:
+                text += [f"*{entry['claim']}*: {entry['verdict']}", numbers]
     as_many_steps = numbers_table(against_peers(folder, "k3"))
     if as_many_steps:
         text += ["The first of these, after as many steps as one peer had (K = 3):", as_many_steps]
-    if encoders_table(folder):
+    encoders = encoders_table(folder)
+    if encoders:
         text += [
             "## Encoders that differ in their seed alone",
             "*encoder*: by the hash of its checkpoint; the first has seed 0. ± is over heads.",
-            encoders_table(folder),
+            encoders,
         ]
     if any(folder.glob("any*/*-search-*.json")):
         text += [
@@ -309,7 +302,8 @@ def page(points, folder) -> str:
     if any(learned_settings(points, task) for task in TASKS):
         text += [
             "## The learned λ",
-            "*price*: what is added to the loss, times tokens per frame.",
+            "*price*: what is added to the loss, times tokens per frame. *better by*: where both "
+            "learned for as many epochs.",
             learned_table(points),
         ]
     if (folder / "pretraining").exists():

@@ -75,7 +75,7 @@ def test_heads_are_gathered_by_encoder_and_seed(tmp_path):
 
 def test_the_same_draws_cancel():
     """Two heads that err on the same utterances: the difference is certain, though each is not."""
-    found = compare("pool", "mAP", "x", [head(test=52.0)], [head(test=50.0)], 20)
+    found = compare("pool", "x", [head(test=52.0)], [head(test=50.0)], 20)
     assert found.better == pytest.approx(2.0)
     assert found.low == pytest.approx(2.0)
     assert found.high == pytest.approx(2.0)
@@ -84,28 +84,28 @@ def test_the_same_draws_cancel():
 
 def test_an_encoder_counts_once_however_many_heads_it_has():
     ours = [head("a", 40.0, 0.0)] * 3 + [head("b", 50.0, 0.0)]
-    found = compare("pool", "mAP", "x", ours, [head(None, 45.0, 0.0)], 20)
+    found = compare("pool", "x", ours, [head(None, 45.0, 0.0)], 20)
     assert found.ours == 45.0 and found.better == pytest.approx(0)
     assert found.encoders == 2  # features such as log-mels need none
     assert found.heads == 1
 
 
 def test_lower_error_rates_are_better():
-    found = compare("ctc", "CER", "x", [head(test=30.0)], [head(test=33.0)], 20)
+    found = compare("ctc", "x", [head(test=30.0)], [head(test=33.0)], 20)
     assert found.better == pytest.approx(3.0)
 
 
 def test_the_interval_has_what_encoders_and_heads_differ_by():
     """Without any scatter over utterances: three encoders at 49, 50, 51 against a fixed 50."""
     ours = [head(name, test, 0.0) for name, test in zip("abc", (49.0, 50.0, 51.0))]
-    found = compare("pool", "mAP", "x", ours, [head("d", 50.0, 0.0)], 20)
+    found = compare("pool", "x", ours, [head("d", 50.0, 0.0)], 20)
     assert found.better == pytest.approx(0)
     assert -1.01 <= found.low <= -0.6
     assert 0.6 <= found.high <= 1.01
     assert found.encoders == 1
     # Heads of one encoder vary as well.
     same = [head("a", test, 0.0) for test in (49.0, 50.0, 51.0)]
-    found = compare("pool", "mAP", "x", same, [head("d", 50.0, 0.0)], 20)
+    found = compare("pool", "x", same, [head("d", 50.0, 0.0)], 20)
     assert -1.01 <= found.low <= -0.6
 
 
@@ -123,10 +123,10 @@ def test_encoders_on_both_sides_are_drawn_together():
     """Ours is better by 2 on each of three encoders, which themselves differ by 20."""
     ours = [head(encoder, 52.0 + 10 * k, spread=0) for k, encoder in enumerate("abc")]
     theirs = [head(encoder, 50.0 + 10 * k, spread=0) for k, encoder in enumerate("abc")]
-    d = compare("pool", "mAP", "x", ours, theirs, 20)
+    d = compare("pool", "x", ours, theirs, 20)
     assert (d.better, d.low, d.high) == pytest.approx((2, 2, 2))
     others = [head(encoder, 50.0 + 10 * k, spread=0) for k, encoder in enumerate("def")]
-    d = compare("pool", "mAP", "x", ours, others, 20)
+    d = compare("pool", "x", ours, others, 20)
     assert d.high - d.low > 10
 
 
