@@ -181,8 +181,8 @@ def against_peers(folder, model="any") -> dict:
 
     model: the encoder, by the folder of its points.
     """
-    # Heads for characters learn for longer, if for all rates. One peer has heads that do so, too.
-    peers = {**PEERS, **LONGER_PEER}
+    # Heads of once-for-all for characters learn for longer. One peer has heads that do so, too.
+    peers = {**PEERS, **LONGER_PEER} if model == "any" else PEERS
     differences = []
     for task in METRIC_OF:
         ours = load_heads(folder, model, task, "any")
