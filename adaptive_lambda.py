@@ -83,6 +83,7 @@ from parts.runs import (
     HIGHER_IS_BETTER,
     check_distinct,
     check_numbers,
+    check_unused,
     command,
     cost_of,
     read_point,
@@ -143,11 +144,7 @@ def check(args):
         args.lam = ["any"]
     elif "any" in args.lam:
         raise ValueError(f"--lam any is no λ to start from: for --way {args.way} name some")
-    parser = build_parser()
-    for name in UNUSED[args.way]:
-        if getattr(args, name) != parser.get_default(name):
-            flag = name.replace("_", "-")
-            raise ValueError(f"--way {args.way} has no use for --{flag}: leave it out")
+    check_unused(args, build_parser(), UNUSED[args.way], f"is of no use to --way {args.way}")
     finetune.check(args)
     if args.way != "search" and not all(0 < lam < LIMIT for lam in args.lam):
         starts = " ".join(f"{lam:g}" for lam in args.lam)

@@ -72,6 +72,7 @@ from parts.runs import (
     already_done,
     check_distinct,
     check_numbers,
+    check_unused,
     command,
     cost_of,
     pick_device,
@@ -237,13 +238,10 @@ def check(args):
         for lam in args.lam:
             check_lam(lam)
         check_distinct(args, "lam")
-    parser = build_parser()
-    for name, needed, met in (
-        ("fold", "--task er", args.task == "er"),
-        ("encoder_lr", "--unfreeze", args.unfreeze),
-    ):
-        if getattr(args, name) != parser.get_default(name) and not met:
-            raise ValueError(f"--{name.replace('_', '-')} is for {needed}: leave it out")
+    if args.task != "er":
+        check_unused(args, build_parser(), ["fold"], "is for --task er")
+    if not args.unfreeze:
+        check_unused(args, build_parser(), ["encoder_lr"], "is for --unfreeze")
     check_numbers(args, "seeds", "symbols_per_token", "beam", "epochs")
     check_numbers(args, "lr", "encoder_lr")
     check_numbers(args, "seed", zero=True)
@@ -541,11 +539,9 @@ def prepare(args):
     else:
         task = load_task(args.task, args.data, args.root)
     for name, kind in OF_KIND.items():
-        if task.kind != kind and getattr(args, name) != build_parser().get_default(name):
-            flag = name.replace("_", "-")
-            raise ValueError(
-                f"--{flag} is for {kind}, and --task {args.task} is {task.kind}: leave it out"
-            )
+        if task.kind != kind:
+            why = f"is for {kind}, and --task {args.task} is {task.kind}"
+            check_unused(args, build_parser(), [name], why)
 
     # A point is known by its checkpoint, and by what a table of data says, not by their names.
     # (Whether a sound file has changed is not looked into.)

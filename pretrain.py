@@ -85,7 +85,15 @@ from ofa_encoder import (
 from parts import boundaries
 from parts.data import Speech, batches, by_length, load, loader
 from parts.figures import utterance_figure
-from parts.runs import check_numbers, machine, pick_device, save, save_text, use_bf16
+from parts.runs import (
+    check_numbers,
+    check_unused,
+    machine,
+    pick_device,
+    save,
+    save_text,
+    use_bf16,
+)
 from parts.targets import MODES, KeptTargets, cache_path, targets_of
 from parts.teachers import fingerprint, initialise, load_teacher
 
@@ -173,10 +181,8 @@ def parse_arguments(argv=None):
             )
         args.lam = 0.0
     if args.lam is not None:
-        for name in ("lams_per_step", "lam_distribution", "lam_max"):
-            if getattr(args, name) != parser.get_default(name):
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag}: nothing is drawn where λ is one: leave it out")
+        drawn = ("lams_per_step", "lam_distribution", "lam_max")
+        check_unused(args, parser, drawn, "is for a λ that is drawn, and here it is one")
     check_numbers(args, "steps", "layers", "accumulate", "batch_seconds", "lr", "warmup")
     check_numbers(args, "lams_per_step", "save_every")
     check_numbers(args, "quantity", "seed", "workers", zero=True)

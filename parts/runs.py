@@ -105,6 +105,14 @@ def check_numbers(args, *names, zero=False):
         raise ValueError(f"--{flag} is {value}, expected a number {least} 0")
 
 
+def check_unused(args, parser, names, why):
+    """Refuse flags that have no effect, unless they are at their defaults. why: the reason, to be
+    read after the flag."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} {why}: leave it out")
+
+
 def check_distinct(args, name):
     """Refuse a flag that has a value twice, to the six digits that names of points have."""
     values = [f"{value:g}" for value in getattr(args, name)]

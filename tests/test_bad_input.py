@@ -388,12 +388,12 @@ ROWS = [
     (
         "several λ, all one",
         "pretrain.py --lam 0.5 --lams-per-step 5",
-        "--lams-per-step: nothing is",
+        "--lams-per-step is for a λ that is drawn",
     ),
     (
         "a range of one λ",
         "pretrain.py --compression none --lam-max 1",
-        "--lam-max: nothing is drawn",
+        "--lam-max is for a λ that is drawn",
     ),
     (
         "bf16 where it may be wrong",
@@ -742,9 +742,17 @@ ROWS = [
     ("no step", "adaptive_lambda.py --way differences --delta 0", "--delta is 0"),
     ("hardly a step", "adaptive_lambda.py --way differences --delta 1e-9", "--delta is 1e-09"),
     ("a start of a search", "adaptive_lambda.py --way search --lam 0.5", "search has no start"),
-    ("a step of autograd", "adaptive_lambda.py --way autograd --delta 0.2", "no use for --delta"),
-    ("slopes by choice", "adaptive_lambda.py --by loss", "autograd has no use for --by"),
-    ("a rest in a search", "adaptive_lambda.py --way search --freeze 9", "no use for --freeze"),
+    (
+        "a step of autograd",
+        "adaptive_lambda.py --way autograd --delta 0.2",
+        "--delta is of no use to --way autograd",
+    ),
+    ("slopes by choice", "adaptive_lambda.py --by loss", "--by is of no use to --way autograd"),
+    (
+        "a rest in a search",
+        "adaptive_lambda.py --way search --freeze 9",
+        "--freeze is of no use to --way search",
+    ),
     ("an unknown way", "adaptive_lambda.py --way guess", "--way: invalid choice: 'guess'"),
     ("λ from nan", "adaptive_lambda.py --lam nan", "λ is nan"),
     (

@@ -253,6 +253,26 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(run, monkeypatch):
     run("--out", "stopped", "--save-every", "2", "--accumulate", "2", "--resume")
 
 
+def test_what_can_be_refused_is_refused_before_the_teacher_is_asked(run, monkeypatch):
+    def asked(*_):
+        raise AssertionError("the teacher was asked")
+
+    run("--out", "a", "--steps", "1")
+    Path("no-utterances.tsv").touch()
+    monkeypatch.setattr(pretrain, "keep_targets", asked)
+    with pytest.raises(ValueError, match="is of another run .*'lr'"):
+        run("--out", "a", "--steps", "1", "--lr", "0.5", "--resume")
+    with pytest.raises(ValueError, match="no-utterances.tsv lacks"):
+        run("--out", "b", "--boundaries", "no-utterances.tsv")
+
+
+def test_several_processes_do_not_share_mps(run, monkeypatch):
+    monkeypatch.setattr(pretrain, "pick_device", torch.device)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="several processes can't share MPS"):
+        run("--device", "mps")
+
+
 @pytest.mark.parametrize("alpha", ["regression", "segments"])
 def test_parts_of_a_batch_add_up(run, monkeypatch, alpha):
     """The gradient of a step does not depend on the parts in which its batch was taken.

@@ -67,6 +67,17 @@ def test_a_point_that_lacks_what_guessing_reaches_can_be_read(tmp_path, capsys):
     assert capsys.readouterr().out == there
 
 
+def test_a_head_for_all_rates_needs_their_rows(tmp_path):
+    point = read_point(POINT)
+    point["config"]["lam"] = "any"
+    path = tmp_path / "any.json"
+    path.write_text(json.dumps({**point, "rows": []}))
+    assert read_point(path)["rows"] == []
+    path.write_text(json.dumps(point))
+    with pytest.raises(ValueError, match="any.json is no point"):
+        read_point(path)
+
+
 def test_a_point_is_not_done_without_the_head_that_is_asked_for(tmp_path):
     point = read_point(POINT)
     path = tmp_path / "point.json"

@@ -175,6 +175,14 @@ def test_lam_that_cannot_be(checkpoint, config, words):
         UpstreamExpert(checkpoint, config)
 
 
+def test_an_encoder_of_one_rate_has_no_lam(tmp_path):
+    peer = OFAEncoder(replace(PRESETS["tiny"], compression="average2"))
+    save(peer.checkpoint(), tmp_path / "peer.pt")
+    assert UpstreamExpert(str(tmp_path / "peer.pt")).lam == 0
+    with pytest.raises(ValueError, match="peer.pt has one fixed rate .average2. and no λ"):
+        UpstreamExpert(str(tmp_path / "peer.pt"), lam=0.5)
+
+
 def test_without_a_checkpoint():
     with pytest.raises(ValueError, match="give its checkpoint"):
         UpstreamExpert()
