@@ -82,18 +82,20 @@ def load_points(folder) -> dict[Setting, list[dict]]:
         )
         beside = points.setdefault(setting, [])
         beside.append(point)
-        check_alike(path, config, beside[0]["config"])
+        check_alike(path, point, beside[0])
     if not points:
         raise ValueError(f"no points under {folder}: `make sweep RESULTS={folder}` computes them")
     return points
 
 
-def check_alike(path, config, first):
+def check_alike(path, point, first):
     """Refuse a point that differs from the first of its kind in more than seeds, by ValueError."""
     seeds = {"seed"}
     if re.search(r"-seed\d+$", path.parent.name):
         seeds.add("checkpoint_sha1")
-    differ = set(differing(config, first)) - seeds
+    differ = set(differing(point["config"], first["config"])) - seeds
+    if point.get("bf16") != first.get("bf16"):  # --precision auto is the device's choice
+        differ.add("bf16")
     if differ:
         raise ValueError(
             f"{path} is of another configuration than the points with other seeds beside it "
@@ -195,7 +197,7 @@ def load_heads(folder, model, task, which="own", features="encoder") -> list[Hea
     which: "any", one head for all rates; or "own", a head at each λ, which are gathered by seed.
     """
     gathered = defaultdict(list)  # {(encoder, seed): rows}
-    first = None  # the configuration of the first head for all rates
+    first = None  # the first head for all rates
     folders = [folder / model, *sorted(folder.glob(f"{model}-seed*"))]
     for path in [path for place in folders for path in sorted(place.glob(f"{task}-*.json"))]:
         point = read_point(path)
@@ -205,8 +207,8 @@ def load_heads(folder, model, task, which="own", features="encoder") -> list[Hea
             continue
         rows = [point]
         if is_any:
-            first = first or config
-            check_alike(path, config, first)
+            first = first or point
+            check_alike(path, point, first)
             rows = point["rows"]
         gathered[config["checkpoint_sha1"], config["seed"]] += rows
     heads = []

@@ -40,6 +40,7 @@ Commands: Lugosch et al., Interspeech 2019. VoxCeleb1: Nagrani et al., Interspee
 Busso et al., LREV 2008. SNIPS: Coucke et al., arXiv:1805.10190; as audio: Lai et al., ICASSP 2021.
 """
 
+import argparse
 import os
 import random
 import re
@@ -481,8 +482,13 @@ SUPERB_METRICS = {
 
 
 def main():
-    """Print what each task needs, where to put it, and what is there."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "data")
+    parser = argparse.ArgumentParser(
+        prog="python -m parts.superb",
+        description="Print what each task needs, where to put it, and what is there.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("folder", nargs="?", default="data", help="finetune.py's --data")
+    folder = Path(parser.parse_args().folder)
     for name, entry in SUPERB.items():
         flags = f" {entry.flags}" if entry.flags else ""
         second = f" and {entry.second}" if entry.second else ""

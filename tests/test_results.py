@@ -198,6 +198,16 @@ def test_other_configurations_are_not_averaged(tmp_path):
         load_points(tmp_path)
 
 
+def test_other_precisions_are_not_averaged(tmp_path):
+    """--precision auto is bf16 on CUDA and float32 elsewhere."""
+    for seed, bf16 in enumerate((False, True)):
+        path = write_point(tmp_path, "ofa", 40.0, 20, task="pool", seed=seed, lam=0.0)
+        point = json.loads(path.read_text())
+        path.write_text(json.dumps({**point, "bf16": bf16}))
+    with pytest.raises(ValueError, match=r"1.json is of another configuration .*bf16 differ"):
+        load_points(tmp_path)
+
+
 def test_committed_tables_are_those_of_the_committed_points(tmp_path, monkeypatch):
     shutil.copytree(REPO / "results", tmp_path / "results")
     text = make(tmp_path / "results", monkeypatch)

@@ -613,3 +613,13 @@ def test_the_table_shows_what_is_there(laid, monkeypatch, capsys):
     for name, entry in SUPERB.items():
         assert f"--task {name}" in shown
         assert entry.page in shown
+
+
+def test_the_table_has_a_help_text(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["superb.py", "--help"])
+    monkeypatch.delitem(sys.modules, "parts.superb")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("parts.superb", run_name="__main__")
+    shown = capsys.readouterr().out
+    assert "what each task needs" in shown
+    assert "missing" not in shown
