@@ -293,7 +293,7 @@ def _prepare(x, alpha, lengths, threshold, target_lengths):
         padding = torch.arange(S, device=x.device) >= lengths[:, None]
         alpha = alpha.masked_fill(padding, 0)
 
-    # All that is to be checked is fetched at once, so that the CPU waits for a GPU once.
+    # All that is left to check is fetched at once, so that the CPU waits for a GPU once.
     low, high = alpha.detach().aminmax()
     rate = _tokens_per_frame(alpha, lengths, threshold)
     low, high, rate = torch.stack([low, high, rate]).tolist()

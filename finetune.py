@@ -66,7 +66,7 @@ from parts.cache import (
     UnfrozenEncoder,
 )
 from parts.data import SPLITS
-from parts.heads import HEADS
+from parts.heads import CTC_SHAPES, HEADS
 from parts.rivals import RIVALS, Rival
 from parts.runs import (
     already_done,
@@ -154,7 +154,7 @@ def build_parser(
     )
     add(
         "--head",
-        choices=("blstm", "linear", "superb"),
+        choices=CTC_SHAPES,
         default="blstm",
         help="network under CTC: see parts/heads.py",
     )

@@ -521,7 +521,7 @@ class OFAEncoder(nn.Module):
             config["channels"] = tuple(config["channels"])
             encoder = cls(Config(**config))
             encoder.load_state_dict(weights)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             raise ValueError(
                 f"{name} holds no encoder of this project, or a damaged one ({error!r:.300})"
             ) from None

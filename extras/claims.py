@@ -6,18 +6,23 @@
                                    the points, and a verdict
 
 A difference between two models owes something to the seeds of pre-training, something to the
-seeds of the heads, and something to the utterances that happen to be in the test split. So it
-is made anew 2,000 times. Encoders are drawn with replacement, and each counts with the mean of
-its heads; if a side has only one encoder, its heads are drawn instead. (Two sides that have the
-same encoders, and several, are given the same draw.) Scores are those on one of 200 resampled
-test splits (scores.bootstrap), the same for both models. The interval is what the middle 95 %
-of these differences lie in. Where it holds 0, no difference has been shown. Of n encoders, or
-heads, n - 1 are drawn: means of n drawn from so few would vary too little, by the factor
-(n - 1) / n in their variance. (Of one, one: how much it owes to its seed is then left out.)
+seeds of the heads, and something to the utterances that happen to be in the test split. With the
+variances of these three the 95 % interval is
+
+    difference ± t · √(v_utterances + v_ours + v_theirs)
+
+v_utterances: of the difference over 200 resampled test splits (scores.bootstrap), which are the
+same for both models. v_ours, v_theirs: the variance between the encoders of one side, each with
+the mean of its heads, over their number; where a side has one encoder, between its heads; where it
+has one head, nothing is known, and it is left out. (Two sides that have the same encoders, and
+several, are compared encoder by encoder.) t is the quantile of Student's distribution, since two
+or three encoders say little about how much encoders vary: 4.3 where all depends on three of them,
+1.96 where all depends on the utterances. Where the interval holds 0, no difference has been shown.
 
 A curve is read between two of its rates by linear interpolation in the frame period.
 
-Source of drawing n - 1: Rao and Wu, "Resampling inference with complex survey data", JASA 1988.
+Source of the degrees of freedom of t: Welch, "The generalization of Student's problem when several
+different population variances are involved", Biometrika 1947.
 
     python -m extras.claims results
 """
@@ -27,8 +32,9 @@ import parts  # noqa: F401  before torch: it sets how the threads of torch wait
 # isort: split
 import argparse
 import json
+import math
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,37 +48,55 @@ from extras.points import (
     PEERS,
     TASKS,
     Head,
+    draws_at,
+    gain,
     load_heads,
     mean_and_sd,
     plus_minus,
-    read_at,
     read_measured,
+    score_at,
 )
-from parts.runs import HIGHER_IS_BETTER, read_point, save_text
+from parts.runs import read_point, save_text
 
-TIMES = 10  # that each of the 200 resampled test splits is used
+# The 97.5 % quantile of Student's t, by degrees of freedom. Between these it is nearly a straight
+# line over 1 / degrees.
+T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 6: 2.447, 10: 2.228, math.inf: 1.960}
 WITHIN = 1.0  # points of the metric in which two models count as equally good
 
 
 # 1. Differences.
 
 
-def resample(heads, draws, random) -> np.ndarray:
-    """(TIMES · 200,): TIMES over, for each resampled test split the mean score of encoders that are
-    drawn anew, or of heads, where all are on one encoder.
+def of_encoders(heads, period) -> tuple[np.ndarray, np.ndarray]:
+    """What varies on one side at a period: n scores (n,) and, on resampled test splits, (n, 200).
 
-    draws (H, 200): the score of each head on each of these splits.
+    They are of each encoder, the means of its heads; or of each head, where all are on one encoder.
     """
-    of_encoder = defaultdict(list)
-    for head, scores in zip(heads, draws):
-        of_encoder[head.encoder].append(scores)
-    # How much heads vary is in the means of encoders already.
-    rows = np.array([np.mean(of_one, 0) for of_one in of_encoder.values()])
+    tests = score_at(heads, period)
+    draws = draws_at(heads, period)
+    rows = defaultdict(list)  # {encoder: the numbers of its heads}
+    for k, head in enumerate(heads):
+        rows[head.encoder].append(k)
     if len(rows) == 1:
-        rows = draws
-    splits = draws.shape[1]
-    some = random.integers(len(rows), size=(TIMES, max(1, len(rows) - 1), splits))
-    return rows[some, np.arange(splits)].mean(1).flatten()  # the mean over those drawn
+        return tests, draws
+    tests = [tests[of_one].mean() for of_one in rows.values()]
+    return np.array(tests), np.array([draws[of_one].mean(0) for of_one in rows.values()])
+
+
+def half_width(utterances, sides) -> float:
+    """Half of the 95 % interval of a difference.
+
+    utterances (200,): the difference on resampled test splits. sides: for each side that varies
+    with seeds, its scores (n,).
+    """
+    of_seeds = [np.var(scores, ddof=1) / len(scores) for scores in sides]
+    total = np.var(utterances, ddof=1) + sum(of_seeds)
+    # Welch's degrees of freedom: few if most of the variance is between few seeds.
+    unsure = sum(v**2 / (len(scores) - 1) for v, scores in zip(of_seeds, sides))
+    inverse = unsure / total**2 if total > 0 else 0.0
+    known = [1 / degrees for degrees in T_QUANTILES]
+    t = np.interp(inverse, known[::-1], list(T_QUANTILES.values())[::-1])
+    return float(t * total**0.5)
 
 
 class Difference(NamedTuple):
@@ -100,27 +124,24 @@ def encoders_of(heads) -> list[str]:
 
 def compare(task, beside, ours, theirs, period, their_period=None) -> Difference:
     """ours, theirs: heads; their_period: if it is not the same."""
-    sign = 1 if METRIC_OF[task] in HIGHER_IS_BETTER else -1
     our_encoders, their_encoders = encoders_of(ours), encoders_of(theirs)
-    our_tests, our_draws = read_at(ours, period)
-    their_tests, their_draws = read_at(theirs, their_period or period)
-    our_mean, _ = mean_and_sd(our_tests, [head.encoder for head in ours])
-    their_mean, _ = mean_and_sd(their_tests, [head.encoder for head in theirs])
-    random = np.random.default_rng(0)
-    our_means = resample(ours, our_draws, random)
+    our_tests, our_draws = of_encoders(ours, period)
+    their_tests, their_draws = of_encoders(theirs, their_period or period)
+    better = gain(task, our_tests.mean(), their_tests.mean())
+    sides = [our_tests, their_tests]
     if our_encoders == their_encoders and len(our_encoders) > 1:
-        random = np.random.default_rng(0)  # then the same encoders are drawn for both
-    apart = sign * (our_means - resample(theirs, their_draws, random))
-    low, high = np.percentile(apart, [2.5, 97.5])
+        sides = [our_tests - their_tests]
+    sides = [scores for scores in sides if len(scores) > 1]
+    half = half_width(our_draws.mean(0) - their_draws.mean(0), sides)
     return Difference(
         task,
         beside,
         round(float(period), 1),
-        float(our_mean),
-        float(their_mean),
-        float(sign * (our_mean - their_mean)),
-        float(low),
-        float(high),
+        float(our_tests.mean()),
+        float(their_tests.mean()),
+        float(better),
+        float(better - half),
+        float(better + half),
         min(len(encoders) for encoders in (our_encoders, their_encoders) if encoders),
         min(len(ours), len(theirs)),
     )
@@ -199,20 +220,24 @@ def against_peers(folder, model="any") -> dict:
     )
 
 
+def only_at(head, lam) -> Head:
+    """A head at one of its rates."""
+    return Head(head.encoder, *(column[head.lams == lam] for column in head[1:]))
+
+
 def against_own_heads(folder) -> dict:
     """One head for all rates against heads of their own, on one encoder."""
     differences = []
     for task in METRIC_OF:
         ours = load_heads(folder, "any", task, "any")
         theirs = load_heads(folder, "ofa", task)
-        # A seed that has not been trained at all rates yet is left out.
-        most = max((len(head.periods) for head in theirs), default=0)
-        theirs = [head for head in theirs if len(head.periods) == most]
         encoders = {head.encoder for head in theirs}
         ours = [head for head in ours if head.encoder in encoders]
-        for k in range(most if ours else 0):
-            period = float(np.mean([head.periods[k] for head in theirs]))
-            differences.append(compare(task, "a head of its own", ours, theirs, period))
+        # At each λ, since the two kinds measure periods on other utterances.
+        for lam in sorted({lam for head in theirs for lam in head.lams}) if ours else ():
+            here = np.mean([np.interp(lam, head.lams, head.periods) for head in ours])
+            own = [only_at(head, lam) for head in theirs if lam in head.lams]
+            differences.append(compare(task, "a head of its own", ours, own, here))
     return claim(
         "one head serves every rate as well as a head made for it",
         "make points-any points-ofa",
@@ -278,7 +303,8 @@ def lam_is_found(folder) -> dict:
         "any*/{task}-search-metric-price0-*.json",
         "search",
         "make points-any times",
-        within=float("inf"),  # a search has no start, and on a flat curve many rates are best
+        within=math.inf,  # on a flat curve many rates are best
+        starts=1,  # a search has none to choose
     )
 
 
@@ -291,14 +317,16 @@ def lam_is_learned(folder) -> dict:
         "differences",
         "make points-any points-learned times",
         within=0.1,
+        starts=3,
     )
 
 
-def one_lam(folder, text, pattern, way, command, within) -> dict:
+def one_lam(folder, text, pattern, way, command, within, starts) -> dict:
     """Runs that each end with one λ: do they agree, is it good, is it cheap?
 
     pattern: of the files of these runs, where {task} stands for the task; way: how λ was found;
-    within: the share of the median frame period by which a run may be off it.
+    within: the share of the median frame period by which a run may be off it; starts: from how many
+    λ a task's runs must have started to be counted.
     """
     # Points were computed on several machines, so times are those of one run of the benchmark.
     times = folder / "benchmark-heads.json"
@@ -310,7 +338,7 @@ def one_lam(folder, text, pattern, way, command, within) -> dict:
         for path in sorted(folder.glob(pattern.format(task=task))):
             chosen.append(read_point(path))
         best = compare_with_best(folder, task, chosen)
-        if not best:
+        if not best or len({point["config"].get("start") for point in chosen}) < starts:
             continue
         encoders = [point["config"]["checkpoint_sha1"] for point in chosen]
         periods = np.array([point["frame_period_ms"] for point in chosen])
@@ -322,7 +350,7 @@ def one_lam(folder, text, pattern, way, command, within) -> dict:
                 "encoders": len(set(encoders)),
                 "heads": len(chosen),
                 "period_ms": float(period),
-                "sd_ms": float(apart_by),
+                "sd_ms": None if np.isnan(apart_by) else float(apart_by),
                 "apart": float(np.max(np.abs(periods / middle - 1))),
                 "best": best._asdict(),
                 "time_of_grid": of_grid.get(task),
@@ -330,16 +358,15 @@ def one_lam(folder, text, pattern, way, command, within) -> dict:
         )
     shown = "; ".join(
         f"{METRIC_OF[n['task']]} {Difference(**n['best'])} at "
-        f"{plus_minus(n['period_ms'], n['sd_ms'], 0)} ms"
+        f"{plus_minus(n['period_ms'], n['sd_ms'] or math.nan, 0)} ms"
         + (f", {n['time_of_grid']:.1f} × the time" if n["time_of_grid"] else "")
         for n in numbers
     )
     verdict = "not measured"
-    if numbers:
+    if numbers and all(n["time_of_grid"] for n in numbers):
         good = [
             n["apart"] <= within
             and verdict_within([Difference(**n["best"])]) == "yes"
-            and n["time_of_grid"] is not None
             and n["time_of_grid"] < 1
             for n in numbers
         ]
@@ -369,10 +396,8 @@ def compare_with_best(folder, task, chosen) -> Difference | None:
     if not heads:
         return None
     periods = heads[0].periods
-    curves = [np.interp(periods, head.periods, head.test) for head in heads]
-    mean, _ = mean_and_sd(curves, [head.encoder for head in heads])
-    metric = METRIC_OF[task]
-    best = np.argmax(mean) if metric in HIGHER_IS_BETTER else np.argmin(mean)
+    mean, _ = mean_and_sd(score_at(heads, periods), [head.encoder for head in heads])
+    best = np.argmax(gain(task, mean, 0))
     return compare(task, "the best of forty rates", ours, heads, periods[best])
 
 
@@ -440,15 +465,19 @@ def numbers_table(entry) -> str:
     """
     if not entry["numbers"] or "beside" not in entry["numbers"][0]:
         return ""
-    # Tasks have other utterances, so that the k-th rate of a rival may differ by some ms.
-    seen = Counter()  # {(task, rival): rates so far}
-    rows = defaultdict(dict)  # {(rival, k): {task: difference}}
+    # Tasks have other utterances, so that the same rate may differ by some ms.
+    rows = []  # of (rival, {task: difference})
     for number in entry["numbers"]:
         d = Difference(**number)
-        rows[d.beside, seen[d.task, d.beside]][d.task] = d
-        seen[d.task, d.beside] += 1
+        for beside, found in rows:
+            alike = all(abs(other.period / d.period - 1) < 0.1 for other in found.values())
+            if beside == d.beside and d.task not in found and alike:
+                found[d.task] = d
+                break
+        else:
+            rows.append((d.beside, {d.task: d}))
     lines = []
-    for (beside, _), found in rows.items():
+    for beside, found in rows:
         periods = sorted({round(d.period) for d in found.values()})
         at = " to ".join(str(period) for period in sorted({periods[0], periods[-1]}))
         lines.append([beside, f"{at} ms", *(str(found.get(task, "")) for task in TASKS)])

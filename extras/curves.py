@@ -20,9 +20,11 @@ from extras.points import (
     learned_settings,
     load_heads,
     mean_and_sd,
+    score_at,
     select,
 )
 from parts.figures import COLOURS, STYLE
+from parts.runs import HIGHER_IS_BETTER
 
 # 1. The trade-off.
 
@@ -82,8 +84,7 @@ def draw_any(axis, folder, task, x):
         if not heads:
             continue
         periods = heads[0].periods
-        tests = np.array([np.interp(periods, head.periods, head.test) for head in heads])
-        mean, sd = mean_and_sd(tests, [head.encoder for head in heads])
+        mean, sd = mean_and_sd(score_at(heads, periods), [head.encoder for head in heads])
         xs = periods if x == "period" else heads[0].gflops
         axis.plot(xs, mean, style, color=colour, linewidth=2.5, label=label)
         if len(heads) > 1:
@@ -137,7 +138,8 @@ def draw_learned(axis, points, task, x):
 
 def better_is(task) -> str:
     """Which way the task's metric is better."""
-    return f"{METRIC_OF[task]}: {'higher' if task == 'pool' else 'lower'} is better"
+    metric = METRIC_OF[task]
+    return f"{metric}: {'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better"
 
 
 def peer_mark(peer) -> tuple[str, str]:

@@ -71,7 +71,7 @@ def cif_graph(x, alpha, lengths):
     fires = (total + slack).long()  # (B, S)
     full = fires[:, -1]  # (B,)
     tail = total[:, -1] - full
-    fires_tail = tail + slack >= 0.5  # ONNX has constants in float32, where 0.5 - slack is 0.5
+    fires_tail = tail + slack >= 0.5
     n_tokens = full + fires_tail.long()
 
     # The list of pieces is as long as if S tokens fired. What is too much has width 0.
@@ -191,7 +191,7 @@ def to_onnx(module, example, shapes, inputs, outputs):
             dynamic_shapes=shapes,
             input_names=inputs,
             output_names=outputs,
-            optimize=False,  # the optimizer takes a small addend, such as ROUNDING, for nothing
+            optimize=False,  # the optimizer has dropped an addend of 1e-9: keep it from ROUNDING
             verbose=False,
             dynamo=True,
         )

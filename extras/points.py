@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parts.runs import differing, read_point
+from parts.runs import HIGHER_IS_BETTER, differing, read_point
 
 TASKS = {
     "ctc": "characters (CTC)",
@@ -84,7 +84,9 @@ def load_points(folder) -> dict[Setting, list[dict]]:
         beside.append(point)
         check_alike(path, point, beside[0])
     if not points:
-        raise ValueError(f"no points under {folder}: `make sweep RESULTS={folder}` computes them")
+        raise ValueError(
+            f"no points at one λ under {folder}: `make sweep RESULTS={folder}` computes them"
+        )
     return points
 
 
@@ -171,7 +173,7 @@ def learned_settings(points, task) -> list[Setting]:
 
 def gain(task, ours, theirs) -> float:
     """How much better ours is, in points of the task's metric."""
-    return ours - theirs if task == "pool" else theirs - ours
+    return ours - theirs if METRIC_OF[task] in HIGHER_IS_BETTER else theirs - ours
 
 
 # 2. Curves over the rate.
@@ -181,6 +183,7 @@ class Head(NamedTuple):
     """One head on one encoder, or heads of one seed at several λ: its scores over the rate."""
 
     encoder: str  # the hash of its checkpoint
+    lams: np.ndarray  # (R,)
     periods: np.ndarray  # (R,) in ms, ascending
     gflops: np.ndarray  # (R,) of positions and Transformer, per second of speech
     test: np.ndarray  # (R,)
@@ -188,7 +191,7 @@ class Head(NamedTuple):
 
 
 # What of a point is in the fields of Head from the second on.
-HEAD_COLUMNS = ("frame_period_ms", "transformer_gflops_per_s", "test", "bootstrap")
+HEAD_COLUMNS = ("lam", "frame_period_ms", "transformer_gflops_per_s", "test", "bootstrap")
 
 
 def load_heads(folder, model, task, which="own", features="encoder") -> list[Head]:
@@ -205,7 +208,7 @@ def load_heads(folder, model, task, which="own", features="encoder") -> list[Hea
         is_any = config.get("lam") == "any"
         if config["features"] != features or "way" in config or is_any != (which == "any"):
             continue
-        rows = [point]
+        rows = [{**point, "lam": config["lam"]}]
         if is_any:
             first = first or point
             check_alike(path, point, first)
@@ -219,11 +222,15 @@ def load_heads(folder, model, task, which="own", features="encoder") -> list[Hea
     return heads
 
 
-def read_at(heads, period) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (H,) and draws (H, 200) of each head at a frame period in ms."""
-    tests = [np.interp(period, head.periods, head.test) for head in heads]
+def score_at(heads, periods) -> np.ndarray:
+    """Scores of each head at a frame period in ms (H,), or at several (H, R)."""
+    return np.array([np.interp(periods, head.periods, head.test) for head in heads])
+
+
+def draws_at(heads, period) -> np.ndarray:
+    """Scores (H, 200) of each head on the resampled test splits, at a frame period in ms."""
     draws = [[np.interp(period, head.periods, column) for column in head.draws.T] for head in heads]
-    return np.array(tests), np.array(draws)
+    return np.array(draws)
 
 
 # 3. What other scripts have measured.

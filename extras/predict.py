@@ -57,10 +57,10 @@ def choose_lam(args, encoder, trained) -> float:
     lam = encoder.lam_for(args.ms) if args.ms is not None else args.lam
     if trained == "any":
         lam = check_lam(lam or 0.0)
-        if lam > LAM_MAX:
-            longest = period_from_lam(LAM_MAX, encoder.mean_alpha.item())
+        if lam > check_lam(LAM_MAX):  # in float32, as λ is
+            longest = int(period_from_lam(LAM_MAX, encoder.mean_alpha.item()))
             raise ValueError(
-                f"{args.head} was trained up to λ = {LAM_MAX:g}, that is {longest:.0f} ms a token; "
+                f"{args.head} was trained up to λ = {LAM_MAX:g}, that is {longest} ms a token; "
                 f"λ = {lam:.2f} is beyond"
             )
         return lam

@@ -47,8 +47,8 @@ from extras.points import (
     load_points,
     mean_and_sd,
     plus_minus,
-    read_at,
     read_measured,
+    score_at,
     select,
 )
 from parts.runs import read_point, save_text
@@ -111,15 +111,15 @@ def any_table(folder, task) -> str:
     for model, name in ONE_HEAD.items():
         heads = load_heads(folder, model, task, "any")
         if heads:
-            rows.append([name, *count(heads), *scores_at(heads)])
+            rows.append([name, *counts_of(heads), *scores_at(heads)])
     for by in ("average", "merge"):
         heads = load_heads(folder, "rivals", task, "any", by)
         if heads:
-            rows.append([f"no compression, {by}, one head", *count(heads), *scores_at(heads)])
+            rows.append([f"no compression, {by}, one head", *counts_of(heads), *scores_at(heads)])
     return table(["model", "encoders", "heads", *(f"{period} ms" for period in SHOWN_MS)], rows)
 
 
-def count(heads) -> tuple[int, int]:
+def counts_of(heads) -> tuple[int, int]:
     """How many encoders and heads there are."""
     return len({head.encoder for head in heads}), len(heads)
 
@@ -127,7 +127,7 @@ def count(heads) -> tuple[int, int]:
 def scores_at(heads) -> list[str]:
     """The mean score ± its standard deviation at each period of SHOWN_MS."""
     encoders = [head.encoder for head in heads]
-    found = [mean_and_sd(read_at(heads, period)[0], encoders) for period in SHOWN_MS]
+    found = [mean_and_sd(score_at(heads, period), encoders) for period in SHOWN_MS]
     return [plus_minus(mean, sd, 1) for mean, sd in found]
 
 

@@ -14,7 +14,8 @@ therefore `cif` itself, called once for each chunk, and a state of two small ten
     tail, fires = finish(state)
 
 The tokens of all chunks, with that of `finish`, are those of `cif` on the whole utterance, however
-it was cut. (cif refuses a mean α over MAX_TOKENS_PER_FRAME, and here that is a chunk's mean.)
+it was cut, but for rounding: cif lets a token fire that lacks ROUNDING of β, and here it may do so
+once a chunk. (It refuses a mean α over MAX_TOKENS_PER_FRAME, and here that is a chunk's mean.)
 
 Source: cif.py (Dong and Xu, ICASSP 2020). What this file does not do: stream the encoder around
 CIF, whose convolutions and attention look ahead; nor target lengths, which need the end.

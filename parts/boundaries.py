@@ -218,13 +218,22 @@ def read_boundaries(path, speech: Speech) -> list[np.ndarray]:
             f"{path} lacks {len(missing)} of {len(speech)} utterances, among them {missing[0]}"
         )
     result = []
+    times = 0
+    past_the_end = 0
     for u in speech.utterances:
         # Times from elsewhere may repeat, or lie past the last frame; and the last segment ends
         # with the utterance, whether the file says so or not.
         last = frames_of(u.samples)
         ends = ends_of[u.id]
+        times += len(ends)
+        past_the_end += np.count_nonzero(ends > last)
         inside = ends[(ends > 0) & (ends < last)]
         result.append(np.unique(np.append(inside, np.int32(last))))  # sorted
+    if past_the_end > times / 2:
+        raise ValueError(
+            f"{path}: {past_the_end} of {times} times lie past the end of their utterance; "
+            "are they in seconds?"
+        )
     frames = sum(int(ends[-1]) for ends in result)
     mean_ms = FRAME_MS * frames / sum(len(ends) for ends in result)
     if mean_ms > 2000:
@@ -247,7 +256,8 @@ def _read_ends(path) -> dict[str, np.ndarray]:
                 usable = len(seconds) > 0 and np.isfinite(seconds).all() and seconds.min() >= 0
                 if id and (not usable or id in ends_of):  # without an id: an empty line
                     raise ValueError
-                ends_of[id] = np.round(seconds * 1000 / FRAME_MS).astype(np.int32)
+                rounded = np.round(seconds * 1000 / FRAME_MS)
+                ends_of[id] = rounded.clip(max=2**30).astype(np.int32)
         except UnicodeDecodeError:
             raise ValueError(f"{path}, after line {number}: not UTF-8") from None
         except ValueError:

@@ -149,7 +149,7 @@ class HiddenStateCache:
                 states = tell(states, out.durations())
             return states, out.lengths
         if self.features == "logmel":
-            return self.stack([log_mel(self.speech[i])[None] for i in indices])
+            return self.stack([log_mel_frames(self.speech[i])[None] for i in indices])
         return self.stack([torch.zeros(1, 1, 8) for _ in indices])
 
     def stack(self, rows):
@@ -195,7 +195,7 @@ class UnfrozenEncoder(TrainableSource):
         return torch.stack(out.hidden_states, 1), out.lengths
 
 
-def log_mel(waveform):
+def log_mel_frames(waveform):
     """80 log-mel channels at the CNN's frames: (samples,) -> (S, 80)."""
     mel = torchaudio.transforms.MelSpectrogram(
         SAMPLE_RATE, n_fft=400, hop_length=320, n_mels=80, center=False

@@ -315,6 +315,12 @@ def read_sound(path, start=0, stop=None) -> Tensor:
         raise ValueError(f"{path}: {error}") from None
     if stop is not None and len(sound) < stop - start:  # damage in the middle is no error to it
         raise ValueError(f"{path}: damaged, {len(sound)} of {stop - start} samples can be read")
+    samples = _samples_at_16_khz(len(sound), rate)
+    if samples < MIN_SAMPLES:
+        raise ValueError(
+            f"{path}: {samples} samples at 16 kHz, too short: "
+            f"at least {MIN_SAMPLES} (25 ms) are needed"
+        )
     waveform = torch.from_numpy(sound).mean(1)  # (samples, channels) -> (samples,)
 
     # The resampling filter grows as the greatest common divisor of the two rates shrinks, to
@@ -322,14 +328,9 @@ def read_sound(path, start=0, stop=None) -> Tensor:
     # most. Usual rates are such multiples. The length is made what the true rate gives.
     rounded = 25 * max(1, round(rate / 25))
     waveform = torchaudio.functional.resample(waveform, rounded, SAMPLE_RATE)
-    missing = _samples_at_16_khz(len(sound), rate) - len(waveform)  # cuts, if negative
+    missing = samples - len(waveform)  # cuts, if negative
     waveform = torch.nn.functional.pad(waveform, (0, missing))
 
-    if len(waveform) < MIN_SAMPLES:
-        raise ValueError(
-            f"{path}: {len(waveform)} samples at 16 kHz, too short: "
-            f"at least {MIN_SAMPLES} (25 ms) are needed"
-        )
     if not waveform.isfinite().all():
         raise ValueError(f"{path}: holds NaN or infinite samples")
     return waveform

@@ -57,10 +57,10 @@ from torchaudio.functional import edit_distance
 from parts.data import SAMPLE_RATE, SPLITS, from_files
 from parts.tasks import Task, make_task
 
-# 1. A reader for each data set: it takes the folder, and returns a Row for each utterance.
+# 1. A reader for each data set: it takes the folder, and returns a Listed for each utterance.
 
 
-class Row(NamedTuple):
+class Listed(NamedTuple):
     path: Path  # the sound file
     split: str  # train, valid or test; "" for the noise of ks
     target: str | list[str]  # as in tasks.Task
@@ -77,7 +77,7 @@ LIBRISPEECH = {"train": "train-clean-100", "valid": "dev-clean", "test": "test-c
 def characters(folder):
     """asr: the characters of each text, in lower case."""
     return [
-        Row(folder / "LibriSpeech" / path, split, list(text.lower()))
+        Listed(folder / "LibriSpeech" / path, split, list(text.lower()))
         for split, subset in LIBRISPEECH.items()
         for path, _, text, *_ in metadata(datasets.LIBRISPEECH(folder, subset))
     ]
@@ -99,7 +99,7 @@ def phones(folder):
             left_out[split] += 1
         else:
             stressed = [phone for word in words for phone in lexicon[word]]
-            rows.append(Row(path, split, [phone.rstrip("012") for phone in stressed]))
+            rows.append(Listed(path, split, [phone.rstrip("012") for phone in stressed]))
     if lacking:
         counts = ", ".join(f"{left_out[split]} of {total[split]} in {split}" for split in SPLITS)
         print(
@@ -133,12 +133,12 @@ KEYWORDS = "yes no up down left right on off stop go".split()
 def keywords(folder):
     """ks. A file of noise has no split: load_superb cuts it into seconds, each with its own."""
     noises = sorted((folder / COMMANDS / "_background_noise_").glob("*.wav"))
-    rows = [Row(path, "", "silence") for path in noises]
+    rows = [Listed(path, "", "silence") for path in noises]
     for split, subset in zip(SPLITS, ("training", "validation", "testing")):
         dataset = datasets.SPEECHCOMMANDS(folder, Path(COMMANDS).name, subset=subset)
         for path, _, word, *_ in metadata(dataset):
             label = word if word in KEYWORDS else "unknown"
-            rows.append(Row(folder / "SpeechCommands" / path, split, label))
+            rows.append(Listed(folder / "SpeechCommands" / path, split, label))
     return rows
 
 
@@ -170,14 +170,14 @@ def intents(folder):
         dataset = datasets.FluentSpeechCommands(folder, split)
         for path, *_, action, object, location in metadata(dataset):
             target = [f"action {action}", f"object {object}", f"location {location}"]
-            rows.append(Row(folder / FLUENT / path, split, target))
+            rows.append(Listed(folder / FLUENT / path, split, target))
     return rows
 
 
 def speakers(folder):
     """sid: the speaker is the first folder in a path."""
     return [
-        Row(folder / "VoxCeleb1/wav" / path, split, Path(path).parts[0])
+        Listed(folder / "VoxCeleb1/wav" / path, split, Path(path).parts[0])
         for split, subset in zip(SPLITS, ("train", "dev", "test"))
         for path, *_ in metadata(datasets.VoxCeleb1Identification(folder / "VoxCeleb1", subset))
     ]
@@ -202,7 +202,7 @@ def emotions(folder, fold):
                 # torchaudio's path is wrong if the name of the folder contains "Session".
                 dialog, _ = stem.rsplit("_", 1)
                 path = folder / f"IEMOCAP/Session{session}/sentences/wav/{dialog}/{stem}.wav"
-                rows.append(Row(path, split, EMOTIONS[label]))
+                rows.append(Listed(path, split, EMOTIONS[label]))
 
     # A fifth of the other sessions, always the same, is for validation.
     rest = [n for n, row in enumerate(rows) if row.split == "train"]
@@ -228,7 +228,7 @@ def slots(folder):
         unlabelled += [path for path in dataset.data if path.stem not in dataset.labels]
         dataset.data = [path for path in dataset.data if path.stem in dataset.labels]
         for path, _, _, text, tags, _ in metadata(dataset):
-            rows.append(Row(folder / "SNIPS" / path, split, spell(text, tags)))
+            rows.append(Listed(folder / "SNIPS" / path, split, spell(text, tags)))
     if unlabelled:
         print(
             f"left out: {len(unlabelled)} files that all.iob.snips.txt lacks, "
@@ -357,7 +357,7 @@ def load_superb(name: str, folder="data", fold=1) -> Task:
     if name not in SUPERB:
         raise ValueError(f"unknown task {name!r}, expected one of {', '.join(SUPERB)}")
     folder = Path(folder)
-    rows = read_rows(name, folder, fold)
+    rows = read_listed(name, folder, fold)
 
     # A file that can't be used is named and left out. At first the id says which row an utterance
     # is of. Each is a group of its own; only the seconds of a noise share one.
@@ -401,7 +401,7 @@ def questions(targets, splits):
     return symbols, tuple(groups)
 
 
-def read_rows(name, folder, fold) -> list[Row]:
+def read_listed(name, folder, fold) -> list[Listed]:
     """The rows of a task. Raises ValueError if anything is missing or can't be read."""
     entry = SUPERB[name]
     wanted = (

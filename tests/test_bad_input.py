@@ -142,6 +142,7 @@ def place(folder, tmp_path_factory):
         shutil.copy("bytes.wav", "folder-of-bytes")
         for name, sound in (("a", 1), ("b", 1), ("c", 1), ("none", 0), ("10ms", 0.01)):
             soundfile.write(f"{name}.wav", np.sin(np.arange(int(16_000 * sound))), 16_000)
+        soundfile.write("none8.wav", np.zeros(0), 8000)
         Path("one").mkdir()
         shutil.copy("a.wav", "one")
         for name in (
@@ -817,9 +818,9 @@ ROWS = [
     (
         "results of no points",
         "extras.results no-points",
-        "no points under no-points: `make sweep RESULTS=no-points` computes them",
+        "no points at one λ under no-points: `make sweep RESULTS=no-points` computes them",
     ),
-    ("results of nothing", "extras.results nowhere", "no points under nowhere"),
+    ("results of nothing", "extras.results nowhere", "no points at one λ under nowhere"),
     ("a page of nothing", "extras.listen nowhere.pt x.html", "no checkpoint at nowhere.pt"),
     ("pictures of nothing", "extras.pictures nowhere.pt", "no checkpoint at nowhere.pt"),
     ("an export of nothing", "extras.export nowhere.pt x.onnx", "no checkpoint at nowhere.pt"),
@@ -975,6 +976,7 @@ ROWS = [
         lambda: read_sound("none.wav"),
         "none.wav: 0 samples at 16 kHz, too short",
     ),
+    ("no samples at 8 kHz", lambda: read_sound("none8.wav"), "none8.wav: 0 samples at 16 kHz"),
     ("10 ms", lambda: read_sound("10ms.wav"), "10ms.wav: 160 samples at 16 kHz, too short"),
     ("NaN in a file", lambda: read_sound("nan.wav"), "nan.wav: holds NaN or infinite samples"),
     (

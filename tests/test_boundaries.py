@@ -145,11 +145,23 @@ def test_a_file_of_times_from_elsewhere(some, tmp_path):
     assert ends[1].tolist() == [15, frames_of(second.samples)]
 
 
-def test_times_in_milliseconds_are_refused(tmp_path):
-    speech = Speech([Utterance(f"{n}", "speaker", 3 * 16_000) for n in range(4)])
+@pytest.mark.parametrize("seconds", [1, 3])
+@pytest.mark.parametrize("unit", [1e3, 16e3, 1e9, 1e15])  # ms, samples, ns, and too much for int32
+def test_times_that_are_not_in_seconds_are_refused(tmp_path, seconds, unit):
+    """Of short utterances, too, whose segments would last no longer than usual ones do."""
+    speech = Speech([Utterance(f"{n}", "speaker", seconds * 16_000) for n in range(4)])
     path = tmp_path / "ms.tsv"
-    path.write_text("".join(f"{n}\t90 180 250 340\n" for n in range(4)))
-    with pytest.raises(ValueError, match="ms.tsv: segments last 2980 ms .* in seconds?"):
+    times = " ".join(f"{unit * time:.0f}" for time in (0.09, 0.18, 0.25, 0.34))
+    path.write_text("".join(f"{n}\t{times}\n" for n in range(4)))
+    with pytest.raises(ValueError, match="ms.tsv: 16 of 16 times lie past .* in seconds?"):
+        read_boundaries(path, speech)
+
+
+def test_times_in_minutes_are_refused(tmp_path):
+    speech = Speech([Utterance(f"{n}", "speaker", 3 * 16_000) for n in range(4)])
+    path = tmp_path / "minutes.tsv"
+    path.write_text("".join(f"{n}\t0.0015 0.003\n" for n in range(4)))
+    with pytest.raises(ValueError, match="minutes.tsv: segments last 2980 ms .* in seconds?"):
         read_boundaries(path, speech)
 
 

@@ -513,6 +513,9 @@ def test_one_head_for_any_rate(run, run_predict, tested, monkeypatch, capsys):
         assert share_right(lines, tested) == pytest.approx(row["test"])
     assert run_predict(head, *tested) == run_predict(head, "--ms", "20", *tested)
     assert share_right(run_predict(head, "--ms", "77", *tested), tested) >= 80
+    assert len(run_predict(head, "--lam", str(finetune.LAM_MAX), *tested)) == len(tested)
+    assert rows[-1]["lam"] >= finetune.LAM_MAX
+    run_predict(head, "--lam", str(rows[-1]["lam"]), *tested)
     with pytest.raises(ValueError, match="can't be had"):
         run_predict(head, "--ms", "5", *tested)
     with pytest.raises(

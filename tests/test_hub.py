@@ -147,6 +147,8 @@ def spoil(folder, what):
         config.write_text(json.dumps(asdict(SMALL) | {"compression": "average3"}))
     elif what == "another size":
         config.write_text(json.dumps(asdict(SMALL) | {"dim": 128}))
+    elif what == "no attention heads":
+        config.write_text(json.dumps(asdict(SMALL) | {"heads": 0}))
     elif what == "no weights":
         weights.unlink()
     elif what == "cut weights":
@@ -167,6 +169,7 @@ def spoil(folder, what):
         ("another model's config", "holds no encoder of this project, or a damaged one"),
         ("another compression", "average3"),
         ("another size", "holds no encoder of this project, or a damaged one"),
+        ("no attention heads", "holds no encoder of this project, or a damaged one"),
         ("no weights", "model.safetensors can't be read"),
         ("cut weights", "model.safetensors can't be read"),
         ("a weight missing", "alpha_predictor.linear.bias"),

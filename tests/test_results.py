@@ -52,7 +52,7 @@ def write_any(folder, model, tests, features="encoder", **config):
     point["rows"] = []
     for period, test in zip((20.0, 40.0, 80.0), tests):
         row = {"frame_period_ms": period, "test": test, "transformer_gflops_per_s": 2 / period}
-        point["rows"].append({**row, "bootstrap": [test] * 200})
+        point["rows"].append({**row, "lam": period / 100, "bootstrap": [test] * 200})
     path.unlink()
     name = f"{config['task']}-{features}-any-seed{config['seed']}.json"
     (folder / model / name).write_text(json.dumps(point))
