@@ -89,7 +89,7 @@ results: data/asterisk.pt
 	.venv/bin/python -m extras.results $(RESULTS)
 
 sweep: points-any points-ofa points-peers points-segments points-rivals \
-		points-baselines points-learned times
+		points-baselines points-learned points-slopes times
 	$(MAKE) results RESULTS=$(RESULTS)
 
 # One head for all rates, for each task and seed, and the best λ at several prices, by loss and by
@@ -144,6 +144,12 @@ points-learned: runs/ofa/encoder.pt
 			--checkpoint $< --out $(RESULTS)/learned-differences && \
 		$(call LEARN,$(task)) $(call HEADS,$(task)) --way autograd \
 			--checkpoint $< --out $(RESULTS)/learned-autograd &&) true
+
+# What autograd sees of λ's slope, with one head for all rates.
+points-slopes: runs/ofa/encoder.pt
+	$(foreach task,$(TASKS),$(call FINETUNE_ANY,$(task)) --seeds 1 --save-heads \
+		--checkpoint $< --out runs/slopes && $(ONE_THREAD) -m extras.slopes \
+		runs/slopes/$(task)-any-seed0.pt $(RESULTS)/slopes/$(task).json &&) true
 
 # How long each way takes to find a rate; leave the machine alone meanwhile.
 times: data/asterisk.pt

@@ -28,8 +28,9 @@ Why not autograd alone? Over λ an utterance's loss is a sawtooth. As λ grows, 
 tokens slide on, and the last token, the tail, shrinks until it is worth less than half a token
 and is dropped. Between two such drops lies a tooth: there the loss is continuous and autograd
 is exact. From tooth to tooth the loss jumps, and autograd never sees the jumps. It returns the
-slope of the teeth, and the trend over many teeth may have the opposite sign (notebook 4 shows
-it). Differences over a step wider than a tooth see both.
+slope of the teeth, which is many times steeper than the trend, now up and now down; and without a
+tail there would be no teeth, and autograd would see nothing of the trend (notebook 4 shows it;
+extras/slopes.py). Differences over a step wider than a tooth see the trend.
 
 In both of the last two λ = 1.99 σ(r), and r is the parameter: 0 < λ < 2 whatever the optimiser
 does. λ rests for the first steps (--freeze): a head that knows nothing yet, above all one under

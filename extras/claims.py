@@ -222,7 +222,8 @@ def against_peers(folder, model="any") -> dict:
 
 def only_at(head, lam) -> Head:
     """A head at one of its rates."""
-    return Head(head.encoder, *(column[head.lams == lam] for column in head[1:]))
+    columns = [column[head.lams == lam] for column in head[1:-1]]
+    return Head(head.encoder, *columns, head.epochs)
 
 
 def against_own_heads(folder) -> dict:
@@ -390,7 +391,7 @@ def compare_with_best(folder, task, chosen) -> Difference | None:
     ours = []
     for point in chosen:
         columns = [np.array([point[name]]) for name in HEAD_COLUMNS]
-        ours.append(Head(point["config"]["checkpoint_sha1"], *columns))
+        ours.append(Head(point["config"]["checkpoint_sha1"], *columns, point["epochs"]))
     encoders = encoders_of(ours)
     heads = [head for head in load_heads(folder, "any", task, "any") if head.encoder in encoders]
     if not heads:

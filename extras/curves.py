@@ -59,9 +59,9 @@ def draw_tradeoff(axis, points, folder, task, x):
             color = COLOURS[features]
             axis.axhline(summaries[0].test, color=color, linestyle="--", label=label)
 
-    # As high as characters need, so that a point looks alike in all tasks.
+    # As high as characters need, so that a point of the metric looks alike in all tasks.
     low, high = axis.get_ylim()
-    room = max(0, 60 - (high - low)) / 2
+    room = max(0, 70 - (high - low)) / 2
     axis.set(ylim=(low - room, high + room), ylabel=f"test {METRIC_OF[task]} (%)")
 
     axis.set(title=f"{TASKS[task]}, {better_is(task)}")
@@ -112,7 +112,7 @@ def draw_peers(axis, points, task, x):
         marker, label = peer_mark(peer)
         for summary in select(points, peer, task).values():
             at = getattr(summary, x)
-            axis.plot(at, summary.test, marker, markersize=8, color=black, label=label)
+            axis.plot(at, summary.test, marker, markersize=8, color=black, label=label, zorder=6)
             if summary.heads > 1:
                 axis.errorbar(at, summary.test, summary.sd, color=black)
 

@@ -66,7 +66,7 @@ def load_points(folder) -> dict[Setting, list[dict]]:
     """
     points = {}
     for path in sorted(folder.glob("*/*.json")):
-        if path.parent.name in ("pretraining", "firing"):
+        if path.parent.name in ("pretraining", "firing", "slopes"):
             continue
         point = read_point(path)
         config = point["config"]
@@ -188,9 +188,10 @@ class Head(NamedTuple):
     gflops: np.ndarray  # (R,) of positions and Transformer, per second of speech
     test: np.ndarray  # (R,)
     draws: np.ndarray  # (R, 200) on resampled test splits
+    epochs: int  # for which it learned
 
 
-# What of a point is in the fields of Head from the second on.
+# What of a point is in the fields of Head from lams to draws.
 HEAD_COLUMNS = ("lam", "frame_period_ms", "transformer_gflops_per_s", "test", "bootstrap")
 
 
@@ -200,6 +201,7 @@ def load_heads(folder, model, task, which="own", features="encoder") -> list[Hea
     which: "any", one head for all rates; or "own", a head at each λ, which are gathered by seed.
     """
     gathered = defaultdict(list)  # {(encoder, seed): rows}
+    epochs_of = {}
     first = None  # the first head for all rates
     folders = [folder / model, *sorted(folder.glob(f"{model}-seed*"))]
     for path in [path for place in folders for path in sorted(place.glob(f"{task}-*.json"))]:
@@ -214,11 +216,12 @@ def load_heads(folder, model, task, which="own", features="encoder") -> list[Hea
             check_alike(path, point, first)
             rows = point["rows"]
         gathered[config["checkpoint_sha1"], config["seed"]] += rows
+        epochs_of[config["checkpoint_sha1"], config["seed"]] = point["epochs"]
     heads = []
-    for (encoder, _), rows in gathered.items():
+    for (encoder, seed), rows in gathered.items():
         rows.sort(key=lambda row: row["frame_period_ms"])
         columns = [[row[name] for row in rows] for name in HEAD_COLUMNS]
-        heads.append(Head(encoder, *map(np.array, columns)))
+        heads.append(Head(encoder, *map(np.array, columns), epochs_of[encoder, seed]))
     return heads
 
 

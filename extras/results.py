@@ -3,6 +3,7 @@
     results/MODEL/*.json   points (see points.py); `make sweep` computes them anew
     results/pretraining/   the tables that pretrain.py printed about the encoders
     results/firing/        what firing.py found
+    results/slopes/        what slopes.py found
 
     results/results.md     tables: the trade-off, the claims, the learned λ, …
     results/*.png          figures (see curves.py)
@@ -51,6 +52,7 @@ from extras.points import (
     score_at,
     select,
 )
+from extras.slopes import slopes_table
 from parts.runs import read_point, save_text
 
 OTHER_HEADS = {
@@ -105,30 +107,22 @@ def tradeoff_table(points, task) -> str:
     return table(header, rows)
 
 
-def any_table(folder, task) -> str:
-    """Heads for all rates: a row for each model, a column for some of the forty frame periods."""
-    rows = []
-    for model, name in ONE_HEAD.items():
-        heads = load_heads(folder, model, task, "any")
-        if heads:
-            rows.append([name, *counts_of(heads), *scores_at(heads)])
+def any_table(folder, task, models=tuple(ONE_HEAD)) -> str:
+    """Heads for all rates: a row for each model and each rival, a column for some of the forty
+    frame periods."""
+    named = {ONE_HEAD[model]: load_heads(folder, model, task, "any") for model in models}
     for by in ("average", "merge"):
         heads = load_heads(folder, "rivals", task, "any", by)
+        named[f"no compression, {by}, one head"] = heads
+    rows = []
+    for name, heads in named.items():
         if heads:
-            rows.append([f"no compression, {by}, one head", *counts_of(heads), *scores_at(heads)])
-    return table(["model", "encoders", "heads", *(f"{period} ms" for period in SHOWN_MS)], rows)
-
-
-def counts_of(heads) -> tuple[int, int]:
-    """How many encoders and heads there are."""
-    return len({head.encoder for head in heads}), len(heads)
-
-
-def scores_at(heads) -> list[str]:
-    """The mean score ± its standard deviation at each period of SHOWN_MS."""
-    encoders = [head.encoder for head in heads]
-    found = [mean_and_sd(score_at(heads, period), encoders) for period in SHOWN_MS]
-    return [plus_minus(mean, sd, 1) for mean, sd in found]
+            encoders = [head.encoder for head in heads]
+            found = [mean_and_sd(score_at(heads, period), encoders) for period in SHOWN_MS]
+            scores = [plus_minus(mean, sd, 1) for mean, sd in found]
+            rows.append([name, len(set(encoders)), len(heads), heads[0].epochs, *scores])
+    header = ["model", "encoders", "heads", "epochs", *(f"{period} ms" for period in SHOWN_MS)]
+    return table(header, rows)
 
 
 def encoders_table(folder) -> str:
@@ -321,6 +315,16 @@ def page(points, folder) -> str:
         for path in sorted((folder / "firing").glob("*.json")):
             name = ENCODERS.get(path.stem, path.stem)
             text += [f"### {name}", firing_table(read_measured(path, "firing.py")["rows"])]
+    if (folder / "slopes").exists():
+        text += [
+            "## What autograd sees of the slope of λ",
+            "Slopes of the loss of held-out speech, by one head for all rates of each task "
+            "(extras/slopes.py): means over utterances, ± 1.96 standard errors.",
+        ]
+        for task, name in TASKS.items():
+            path = folder / f"slopes/{task}.json"
+            if path.exists():
+                text += [f"### {name}", slopes_table(read_measured(path, "slopes.py")["rows"])]
     return "\n\n".join(text)
 
 

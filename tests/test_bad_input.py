@@ -824,6 +824,8 @@ ROWS = [
     ("a page of nothing", "extras.listen nowhere.pt x.html", "no checkpoint at nowhere.pt"),
     ("pictures of nothing", "extras.pictures nowhere.pt", "no checkpoint at nowhere.pt"),
     ("an export of nothing", "extras.export nowhere.pt x.onnx", "no checkpoint at nowhere.pt"),
+    ("slopes of nothing", "extras.slopes nowhere.pt", "no checkpoint at nowhere.pt"),
+    ("slopes of an encoder", "extras.slopes encoder.pt", "encoder.pt holds no head"),
     ("claims of nothing", "extras.claims nowhere", "no points under nowhere"),
     (
         "claims with damaged times",
