@@ -136,7 +136,7 @@ def compare(task, beside, ours, theirs, period, their_period=None) -> Difference
     return Difference(
         task,
         beside,
-        round(float(period), 1),
+        round(float(period), 2),
         float(our_tests.mean()),
         float(their_tests.mean()),
         float(better),

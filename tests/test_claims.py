@@ -305,7 +305,9 @@ def test_lam_is_found_if_it_is_good_and_cheap(tmp_path):
     point(tmp_path, "any/ctc-search-metric-price0-seed0", task="ctc", test=29.5, **found)
     assert claims.lam_is_found(tmp_path)["verdict"] == "no"
     write_times(tmp_path, pool=0.75, ctc=0.9)
-    assert claims.lam_is_found(tmp_path)["verdict"] == "not everywhere"
+    entry = claims.lam_is_found(tmp_path)
+    assert entry["verdict"] == "not everywhere"
+    json.dumps(entry, allow_nan=False)  # of one run there is no standard deviation
 
 
 def test_encoders_count_alike_where_lam_is_found(tmp_path):
