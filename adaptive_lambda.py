@@ -24,13 +24,12 @@ autograd     The paper's way: λ is a parameter, learned with a head, and its gr
 
                  loss → hidden states → tokens → widths of CIF's pieces → α′ → λ
 
-Why not autograd alone? Over λ an utterance's loss is a sawtooth. As λ grows, the edges of all
-tokens slide on, and the last token, the tail, shrinks until it is worth less than half a token
-and is dropped. Between two such drops lies a tooth: there the loss is continuous and autograd
-is exact. From tooth to tooth the loss jumps, and autograd never sees the jumps. It returns the
-slope of the teeth, which is many times steeper than the trend, now up and now down; and without a
-tail there would be no teeth, and autograd would see nothing of the trend (notebook 4 shows it;
-extras/slopes.py). Differences over a step wider than a tooth see the trend.
+Why not autograd alone? As λ grows, the edges of all tokens slide over the sounds, and an
+utterance's loss goes in waves, about one for each token that it loses; where it loses one, the loss
+jumps. Between two jumps autograd is exact. But what it returns is the slope of a wave, many times
+as steep as the trend, now up and now down. And where edges are kept at rest, autograd sees nothing
+of the trend, since all of it is in the jumps (notebook 4 shows both; extras/slopes.py). Differences
+over a step wider than a wave see the trend.
 
 In both of the last two λ = 1.99 σ(r), and r is the parameter: 0 < λ < 2 whatever the optimiser
 does. λ rests for the first steps (--freeze): a head that knows nothing yet, above all one under

@@ -16,8 +16,13 @@ same for both models. v_ours, v_theirs: the variance between the encoders of one
 the mean of its heads, over their number; where a side has one encoder, between its heads; where it
 has one head, nothing is known, and it is left out. (Two sides that have the same encoders, and
 several, are compared encoder by encoder.) t is the quantile of Student's distribution, since two
-or three encoders say little about how much encoders vary: 4.3 where all depends on three of them,
-1.96 where all depends on the utterances. Where the interval holds 0, no difference has been shown.
+or three encoders say little about how much encoders vary. Its degrees of freedom are
+
+    (v_utterances + v_ours + v_theirs)² / (v_ours² / (n_ours − 1) + v_theirs² / (n_theirs − 1)),
+
+so that t is 4.3 where all depends on one side's three encoders, 2.8 where it depends on three each,
+and 1.96 where it depends on the utterances. Where the interval holds 0, no difference has been
+shown.
 
 A curve is read between two of its rates by linear interpolation in the frame period.
 
@@ -60,7 +65,8 @@ from parts.runs import read_point, save_text
 
 # The 97.5 % quantile of Student's t, by degrees of freedom. Between these it is nearly a straight
 # line over 1 / degrees.
-T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 6: 2.447, 10: 2.228, math.inf: 1.960}
+T_QUANTILES = {1: 12.706, 1.25: 8.028, 1.5: 6.017, 1.75: 4.949, 2: 4.303, 3: 3.182, 4: 2.776}
+T_QUANTILES |= {6: 2.447, 10: 2.228, math.inf: 1.960}
 WITHIN = 1.0  # points of the metric in which two models count as equally good
 
 
@@ -79,8 +85,9 @@ def of_encoders(heads, period) -> tuple[np.ndarray, np.ndarray]:
         rows[head.encoder].append(k)
     if len(rows) == 1:
         return tests, draws
-    tests = [tests[of_one].mean() for of_one in rows.values()]
-    return np.array(tests), np.array([draws[of_one].mean(0) for of_one in rows.values()])
+    in_order = [rows[encoder] for encoder in sorted(rows)]
+    tests = [tests[of_one].mean() for of_one in in_order]
+    return np.array(tests), np.array([draws[of_one].mean(0) for of_one in in_order])
 
 
 def half_width(utterances, sides) -> float:
@@ -117,9 +124,9 @@ class Difference(NamedTuple):
         return f"{self.better:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
 
 
-def encoders_of(heads) -> list[str]:
-    """The encoders that they are on, each once; none, if their features need none."""
-    return list(dict.fromkeys(head.encoder for head in heads if head.encoder))
+def encoders_of(heads) -> set[str]:
+    """The encoders that they are on; none, if their features need none."""
+    return {head.encoder for head in heads if head.encoder}
 
 
 def compare(task, beside, ours, theirs, period, their_period=None) -> Difference:

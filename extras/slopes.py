@@ -1,21 +1,26 @@
 """What autograd sees of the slope of λ, and what it does not: the jumps where a token is lost.
 
-As λ grows, an utterance loses tokens, one at a time. Between two such places its loss is smooth,
-and autograd is exact there. So over a step from one λ to another
+As λ grows, an utterance loses tokens, one at a time. Between two such places its loss is
+continuous, and autograd is exact there. So over a step from one λ to another
 
     change of the loss  =  Σ over lost tokens of (loss just after − just before)  +  what is left,
 
 and what is left is what autograd sees. Where tokens are lost is known: an utterance has
 ⌊Σ α′ + 1/2⌋ of them, and Σ α′ is a straight line over λ up to 1. So nothing is left to sampling.
 
-The head must be at home at every λ (finetune.py --lam any --save-heads). The utterances are those
-that it did not learn from, 300 at most, as far as they have tokens enough for CTC. Printed are
-means over them, ± 1.96 standard errors, over the width of the step: slopes. *scatter*: the standard
-deviation, over utterances, of autograd's slope in the middle of the step, and of the difference of
-the losses at its two ends. The noise of a batch of n is that over √n.
+The same for two other encoders, to see where autograd's slope comes from:
 
-*without a tail*: α′ of an utterance is scaled a little, so that its tokens come out whole, and none
-at the end is worth less than one.
+without a tail    What is left after the last whole token is cut off. Edges of tokens still slide
+                  over the sounds as λ grows, all of them.
+number held       α′ of an utterance is scaled so that its tokens come out whole. So its edges
+                  hardly move until it loses one.
+
+The head must be at home at every λ (finetune.py --lam any --save-heads), and α predicted itself
+(--alpha regression). The utterances are those that the head did not learn from, 300 at most, as far
+as they have tokens enough for CTC. Printed are means over them, ± 1.96 standard errors, over the
+width of the step: slopes. *scatter*: the standard deviation, over utterances, of autograd's slope
+in the middle of the step, and of the loss's slope as printed, a difference of two losses. The noise
+of a batch of n utterances is that over √n.
 
     python finetune.py --lam any --epochs 150 --save-heads --out runs/slopes
     python -m extras.slopes runs/slopes/ctc-any-seed0.pt results/slopes/ctc.json
@@ -26,6 +31,7 @@ import parts  # noqa: F401  before torch: it sets how the threads of torch wait
 # isort: split
 import argparse
 import json
+import math
 import sys
 import time
 
@@ -50,7 +56,17 @@ BESIDE = 1e-5  # λ before and after the place where a token is lost
 
 
 class WithoutTail(OFAEncoder):
-    """An encoder whose tokens come out whole."""
+    """An encoder that cuts off what is left after the last whole token."""
+
+    def weigh(self, x, frames, lam, ends=None):
+        alpha, predicted, weights = super().weigh(x, frames, lam, ends)
+        total = weights.double().cumsum(1)  # (B, S)
+        whole = total[:, -1:].detach().floor().clamp(min=1)
+        return alpha, predicted, torch.minimum(total, whole).diff(dim=1, prepend=0 * whole)
+
+
+class NumberHeld(OFAEncoder):
+    """An encoder whose tokens come out whole, and whose edges rest until one is lost."""
 
     def weigh(self, x, frames, lam, ends=None):
         alpha, predicted, weights = super().weigh(x, frames, lam, ends)
@@ -58,15 +74,25 @@ class WithoutTail(OFAEncoder):
         return alpha, predicted, weights * (mass.detach() + 0.5).floor() / mass
 
 
-class Utterance:
-    """Its loss over λ. frames, n: x (1, S, C) and (1,) of a FrameCache; text: symbol numbers."""
+# By name, each with the part of a token from which what is left at the end still is one.
+KINDS = {
+    "as they are": (OFAEncoder, 0.5),
+    "without a tail": (WithoutTail, 1.0),
+    "number held": (NumberHeld, 0.5),
+}
 
-    def __init__(self, encoder, head, frames, n, text):
+
+class Utterance:
+    """Its loss over λ. frames, n: x (1, S, C) and (1,) of a FrameCache; text: symbol numbers; tail:
+    as in KINDS."""
+
+    def __init__(self, encoder, head, frames, n, text, tail=0.5):
         self.encoder = encoder
         self.head = head
         self.frames = frames
         self.n = n
         self.text = text
+        self.tail = tail
         self.at_one = encoder.alpha_predictor(frames).double().sum().item()  # Σ α′ at λ = 1
 
     def loss(self, lams):
@@ -77,13 +103,13 @@ class Utterance:
         return self.head.loss(states, out.lengths, [self.text] * K), out.lengths
 
     def where_tokens_are_lost(self, low, high):
-        """Each λ from low to high at which Σ α′ = S − λ (S − at_one) falls below n + 1/2 for a
-        whole n."""
+        """Each λ from low to high at which Σ α′ = S − λ (S − at_one) falls below n + tail for a
+        whole n, so that n tokens are left."""
         S = self.n.item()
-        most = int(S - low * (S - self.at_one) + 0.5)
-        fewest = int(S - high * (S - self.at_one) + 0.5)
-        halves = torch.arange(fewest, most, dtype=torch.float64) + 0.5
-        return (S - halves) / (S - self.at_one)
+        most = math.floor(S - low * (S - self.at_one) - self.tail) + 1
+        fewest = math.floor(S - high * (S - self.at_one) - self.tail) + 1
+        masses = torch.arange(fewest, most, dtype=torch.float64) + self.tail
+        return (S - masses) / (S - self.at_one)
 
     @torch.no_grad()
     def change(self, low, high) -> tuple[float, float]:
@@ -134,9 +160,11 @@ def slopes_over(utterances, low, high) -> dict:
 
 
 def slopes(path, root="data") -> list[dict]:
-    """Two rows for each step, with a tail and without one. path: of a head by --save-heads, of the
+    """A row for each encoder of KINDS and each step. path: of a head by --save-heads, of the
     embedded corpus under root. Raises ValueError if it is none, or not at home at every λ."""
-    _, head, how = load_head(path)
+    encoder, head, how = load_head(path)
+    if encoder.config.alpha != "regression":
+        raise ValueError(f"{path} has an encoder of segments, whose lock autograd does not see")
     if how["lam"] != "any":
         raise ValueError(f"{path} serves λ = {how['lam']:g} alone: train one by --lam any")
     head.requires_grad_(False)
@@ -148,7 +176,7 @@ def slopes(path, root="data") -> list[dict]:
     some = held_out[:: -(-len(held_out) // UTTERANCES)]
 
     rows = []
-    for name, kind in {"as they are": OFAEncoder, "without a tail": WithoutTail}.items():
+    for name, (kind, tail) in KINDS.items():
         encoder = kind.from_checkpoint(path).requires_grad_(False)
         frames = FrameCache(task.speech, encoder, "cpu", keep=False)
         utterances = []
@@ -156,7 +184,7 @@ def slopes(path, root="data") -> list[dict]:
             target = task.targets[i]
             symbols = [target] if isinstance(target, str) else target
             text = [number[symbol] for symbol in symbols if symbol in number]
-            utterances.append(Utterance(encoder, head, *frames([i]), text))
+            utterances.append(Utterance(encoder, head, *frames([i]), text, tail))
         for low, high in STEPS:
             used = utterances
             if task.kind == "ctc":
@@ -167,8 +195,8 @@ def slopes(path, root="data") -> list[dict]:
 
 def slopes_table(rows) -> str:
     """The rows of `slopes` as Markdown."""
-    header = ["tokens", "λ", "utterances", "loss", "autograd sees", "jumps"]
-    header += ["scatter of autograd", "of differences"]
+    header = ["tokens", "λ", "utterances", "slope of the loss", "= seen by autograd", "+ jumps"]
+    header += ["scatter of autograd", "of the loss"]
     cells = []
     for row in rows:
         line = [row["tokens"], f"{row['from']:g} to {row['to']:g}", row["utterances"]]

@@ -127,6 +127,11 @@ def test_quantiles_of_t_are_those_of_the_distribution():
         drawn = np.random.default_rng(0).standard_t(n - 1, 400_000)
         assert np.mean(np.abs(drawn) < t) == pytest.approx(0.95, abs=0.002)
     assert list(T_QUANTILES) == sorted(T_QUANTILES)
+    for degrees in (1.1, 1.5, 1.6, 2.5):  # two sides of which one counts for nearly all
+        drawn = np.random.default_rng(0).standard_t(degrees, 400_000)
+        known = [1 / known for known in T_QUANTILES]
+        t = np.interp(1 / degrees, known[::-1], list(T_QUANTILES.values())[::-1])
+        assert 0.949 < np.mean(np.abs(drawn) < t) < 0.956
 
 
 @pytest.mark.parametrize("ours, theirs", [(3, 3), (3, 1), (5, 2), (2, 2)])
@@ -151,7 +156,7 @@ def test_encoders_on_both_sides_are_drawn_together():
     """Ours is better by 2 on each of three encoders, which themselves differ by 20."""
     ours = [head(encoder, 52.0 + 10 * k, spread=0) for k, encoder in enumerate("abc")]
     theirs = [head(encoder, 50.0 + 10 * k, spread=0) for k, encoder in enumerate("abc")]
-    d = compare("pool", "x", ours, theirs, 20)
+    d = compare("pool", "x", ours, theirs[::-1], 20)
     assert (d.better, d.low, d.high) == pytest.approx((2, 2, 2))
     others = [head(encoder, 50.0 + 10 * k, spread=0) for k, encoder in enumerate("def")]
     d = compare("pool", "x", ours, others, 20)
