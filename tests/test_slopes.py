@@ -18,6 +18,13 @@ CHECKPOINT = "checkpoints/ofa-tiny.pt"
 SIZES = {"layers": 3, "dim": 192, "symbols": 5, "told": True}
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Of a saved head, six utterances and one short step."""
+    monkeypatch.setattr(slopes, "UTTERANCES", 6)
+    monkeypatch.setattr(slopes, "STEPS", [(0.1, 0.15)])
+
+
 def make_utterance(asterisk, kind="pool", name="as they are", i=0):
     """About a second of speech, and an untrained head. name: of KINDS."""
     torch.manual_seed(i)
@@ -130,8 +137,6 @@ def save_head(path, kind, lam, checkpoint=CHECKPOINT):
 @pytest.mark.parametrize("kind", ["ctc", "seq2seq", "pool"])
 def test_a_table_of_a_saved_head(kind, tmp_path, monkeypatch, capsys):
     save_head(tmp_path / "head.pt", kind, "any")
-    monkeypatch.setattr(slopes, "UTTERANCES", 6)
-    monkeypatch.setattr(slopes, "STEPS", [(0.1, 0.15)])
     out = tmp_path / "slopes.json"
     monkeypatch.setattr(sys, "argv", ["slopes.py", str(tmp_path / "head.pt"), str(out)])
     slopes.main()
