@@ -1,4 +1,4 @@
-"""Points, as results.py, curves.py and claims.py read them.
+"""Points, as differences.py, claims.py, results.py and curves.py read them.
 
     results/MODEL/*.json    a point each (see parts/runs.py): one task, and one λ or forty rates,
                             and one seed of the head

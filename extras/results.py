@@ -270,7 +270,7 @@ def page(points, folder) -> str:
         text += [
             "## Claims",
             "Differences are in points of the metric, + where the first is better, with 95 % "
-            "intervals (extras/claims.py).",
+            "intervals (extras/differences.py).",
             claims_table(claims),
         ]
         for entry in claims:

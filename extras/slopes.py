@@ -10,10 +10,10 @@ and what is left is what autograd sees. Where tokens are lost is known: an utter
 
 The same for two other encoders, to see where autograd's slope comes from:
 
-without a tail    What is left after the last whole token is cut off. Edges of tokens still slide
-                  over the sounds as λ grows, all of them.
-number held       α′ of an utterance is scaled so that its tokens come out whole. So its edges
-                  hardly move until it loses one.
+without a tail    What is left after the last whole token is cut off: the running total of α′ stops
+                  at ⌊Σ α′⌋. Edges of tokens still slide over the sounds as λ grows, all of them.
+number held       α′ · ⌊Σ α′ + 1/2⌋ / Σ α′ in place of α′, so that tokens come out whole. Edges of
+                  an utterance hardly move until it loses one.
 
 The head must be at home at every λ (finetune.py --lam any --save-heads), and α predicted itself
 (--alpha regression). The utterances are those that the head did not learn from, 300 at most, as far
@@ -21,6 +21,8 @@ as they have tokens enough for CTC. Printed are means over them, ± 1.96 standar
 width of the step: slopes. *scatter*: the standard deviation, over utterances, of autograd's slope
 in the middle of the step, and of the loss's slope as printed, a difference of two losses. The noise
 of a batch of n utterances is that over √n.
+
+Source: λ learned by its gradient: Chen, Meng and Lee, ICASSP 2023. Counting the jumps is ours.
 
     python finetune.py --lam any --epochs 150 --save-heads --out runs/slopes
     python -m extras.slopes runs/slopes/ctc-any-seed0.pt results/slopes/ctc.json
@@ -83,8 +85,10 @@ KINDS = {
 
 
 class Utterance:
-    """Its loss over λ. frames, n: x (1, S, C) and (1,) of a FrameCache; text: symbol numbers; tail:
-    as in KINDS."""
+    """Its loss over λ, at which the head is at home.
+
+    frames, n: x (1, S, C) and (1,) of a FrameCache; text: symbol numbers; tail: as in KINDS.
+    """
 
     def __init__(self, encoder, head, frames, n, text, tail=0.5):
         self.encoder = encoder

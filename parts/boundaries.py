@@ -256,8 +256,8 @@ def _read_ends(path) -> dict[str, np.ndarray]:
                 usable = len(seconds) > 0 and np.isfinite(seconds).all() and seconds.min() >= 0
                 if id and (not usable or id in ends_of):  # without an id: an empty line
                     raise ValueError
-                rounded = np.round(seconds * 1000 / FRAME_MS)
-                ends_of[id] = rounded.clip(max=2**30).astype(np.int32)
+                frames = np.round(seconds * 1000 / FRAME_MS)
+                ends_of[id] = frames.clip(max=2**30).astype(np.int32)  # what is past is past
         except UnicodeDecodeError:
             raise ValueError(f"{path}, after line {number}: not UTF-8") from None
         except ValueError:
