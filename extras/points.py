@@ -187,12 +187,13 @@ class Head(NamedTuple):
     periods: np.ndarray  # (R,) in ms, ascending
     gflops: np.ndarray  # (R,) of positions and Transformer, per second of speech
     test: np.ndarray  # (R,)
+    valid: np.ndarray  # (R,)
     draws: np.ndarray  # (R, 200) on resampled test splits
     epochs: int  # for which it learned
 
 
 # What of a point is in the fields of Head from lams to draws.
-HEAD_COLUMNS = ("lam", "frame_period_ms", "transformer_gflops_per_s", "test", "bootstrap")
+HEAD_COLUMNS = ("lam", "frame_period_ms", "transformer_gflops_per_s", "test", "valid", "bootstrap")
 
 
 def load_heads(folder, model, task, which="own", features="encoder") -> list[Head]:
@@ -228,6 +229,11 @@ def load_heads(folder, model, task, which="own", features="encoder") -> list[Hea
 def score_at(heads, periods) -> np.ndarray:
     """Scores of each head at a frame period in ms (H,), or at several (H, R)."""
     return np.array([np.interp(periods, head.periods, head.test) for head in heads])
+
+
+def valid_at(heads, periods) -> np.ndarray:
+    """As score_at, on the validation split."""
+    return np.array([np.interp(periods, head.periods, head.valid) for head in heads])
 
 
 def draws_at(heads, period) -> np.ndarray:

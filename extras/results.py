@@ -51,6 +51,7 @@ from extras.points import (
     read_measured,
     score_at,
     select,
+    valid_at,
 )
 from extras.slopes import slopes_table
 from parts.runs import read_point, save_text
@@ -66,6 +67,7 @@ ONE_HEAD = {  # models of which there are heads for all rates
     "segments-oracle": "segments, pseudo-boundaries as an oracle, one head",
     **{model: f"{name}, one head" for model, name in KS.items()},
 }
+SHORT_MS = 60  # rates up to here are those among which a search has to choose
 SHOWN_MS = (20, 25, 33, 50, 70, 90, 130, 180)  # of the forty rates
 LEGEND = """\
 ± is the standard deviation over encoders that were pre-trained with other seeds, each with the mean
@@ -183,6 +185,29 @@ def search_table(folder) -> str:
     return table(header, rows)
 
 
+def splits_table(folder) -> str:
+    """How alike heads for all rates do on validation, where a search chooses, and on test."""
+    rows = []
+    for task, name in TASKS.items():
+        heads = load_heads(folder, "any", task, "any")
+        if not heads:
+            continue
+        encoders = [head.encoder for head in heads]
+        periods = heads[0].periods
+        valid, _ = mean_and_sd(valid_at(heads, periods), encoders)  # (R,)
+        test, _ = mean_and_sd(score_at(heads, periods), encoders)  # (R,)
+        row = [name]
+        for longest in (periods[-1], SHORT_MS):
+            some = periods <= longest
+            span = np.ptp(test[some])
+            correlation = np.corrcoef(valid[some], test[some])[0, 1]
+            row += [f"{span:.1f}", f"{correlation:.2f}"]
+        rows.append(row)
+    header = ["task", "span on test", "correlation of the splits"]
+    header += [f"span up to {SHORT_MS} ms", "correlation there"]
+    return table(header, rows)
+
+
 def learned_table(points) -> str:
     """A row for each task, start and price of a learned λ, beside the best λ of the grid."""
     rows = []
@@ -292,6 +317,10 @@ def page(points, folder) -> str:
             "## λ found on the curve of one head",
             "*price*: what is added to the loss or the metric, times tokens per frame.",
             search_table(folder),
+            "A search chooses on the validation split. How alike the mean curves of the heads are "
+            "there and on test, over the forty rates and over the shorter ones; *span*: from the "
+            "best to the worst of these rates, in points.",
+            splits_table(folder),
         ]
     if any(learned_settings(points, task) for task in TASKS):
         text += [

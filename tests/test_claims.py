@@ -44,7 +44,7 @@ def row(period, test):
     noise = np.random.default_rng(0).standard_normal(200)
     bootstrap = [test + n for n in noise]
     costs = {"frame_period_ms": period, "transformer_gflops_per_s": 2 / period}
-    return {**costs, "lam": (period - 20) / 70, "test": test, "bootstrap": bootstrap}
+    return {**costs, "lam": (period - 20) / 70, "test": test, "valid": test, "bootstrap": bootstrap}
 
 
 def test_heads_are_gathered_by_encoder_and_seed(tmp_path):

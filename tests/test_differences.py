@@ -10,7 +10,7 @@ from extras.points import Head
 def head(encoder="a", test=50.0, spread=1.0):
     """A head at one rate."""
     draws = test + spread * np.random.default_rng(1).standard_normal((1, 200))
-    return Head(encoder, *np.array([[0.0], [20.0], [1.0], [test]]), draws, epochs=1)
+    return Head(encoder, *np.array([[0.0], [20.0], [1.0], [test], [test]]), draws, epochs=1)
 
 
 def test_the_same_draws_cancel():

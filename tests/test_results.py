@@ -52,6 +52,7 @@ def write_any(folder, model, tests, features="encoder", **config):
     point["rows"] = []
     for period, test in zip((20.0, 40.0, 80.0), tests):
         row = {"frame_period_ms": period, "test": test, "transformer_gflops_per_s": 2 / period}
+        row["valid"] = test
         point["rows"].append({**row, "lam": period / 100, "bootstrap": [test] * 200})
     path.unlink()
     name = f"{config['task']}-{features}-any-seed{config['seed']}.json"
@@ -115,6 +116,20 @@ def test_means_are_over_encoders_where_there_are_several():
     assert mean.tolist() == [45, 2]
     mean, sd = mean_and_sd([40], ["a"])
     assert mean == 40 and np.isnan(sd)
+
+
+def test_how_alike_validation_and_test_are(tmp_path):
+    """At 20, 40 and 80 ms 40, 50 and 30 on test, 50, 40 and 30 on validation: r = 0.5 over all,
+    -1 over the first two."""
+    assert "concepts" not in results.splits_table(tmp_path)
+    write_any(tmp_path, "any", (40.0, 50.0, 30.0), task="pool", seed=0)
+    (path,) = tmp_path.glob("any/*.json")
+    point = json.loads(path.read_text())
+    for row, valid in zip(point["rows"], (50.0, 40.0, 30.0)):
+        row["valid"] = valid
+    path.write_text(json.dumps(point))
+    text = re.sub(" +", " ", results.splits_table(tmp_path))
+    assert "| concepts (pooling) | 20.0 | 0.50 | 10.0 | -1.00 |" in text
 
 
 def test_every_encoder_of_a_model_with_several_has_a_row(tmp_path):
