@@ -26,7 +26,8 @@ RESULTS = runs/results
 # Encoders, by name. Those with -seed1, -seed2, … are pre-trained with these seeds.
 OFA = ofa ofa-seed1 ofa-seed2
 SEGMENTS = segments segments-seed1 segments-seed2 k3 k3-seed1 k3-seed2
-PEERS = none none-seed1 none-seed2 none-seed3 none-seed4 lam1.04 lam1.04-seed1 lam1.04-seed2 \
+PEERS = none none-seed1 none-seed2 none-seed3 none-seed4 \
+	lam1.04 lam1.04-seed1 lam1.04-seed2 lam1.04-seed3 lam1.04-seed4 \
 	average2 average4 lam0.51 lam0.78
 
 # How each is pre-trained. Once-for-all may take the time of the six peers that it stands for. The
