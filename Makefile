@@ -7,7 +7,7 @@
 # make fuzz       property tests with 10,000 cases each, and 20 kills of a pre-training: 15 minutes
 # make notebooks  execute the notebooks and keep what they print and draw
 # make results    tables and figures of results/, from the points there (a minute)
-# make sweep      pre-train all encoders and compute all points anew, into runs/results: some 27
+# make sweep      pre-train all encoders and compute all points anew, into runs/results: some 28
 #                 hours on one core; a stopped sweep goes on with the same command
 # make benchmark  how fast this is, beside its goals (minutes; leave the machine alone meanwhile)
 #
