@@ -16,8 +16,8 @@ differences  λ is a parameter, learned with a head. Its slope at each step is m
 
                  slope = (loss(λ + δ) - loss(λ - δ)) / 2δ
 
-             The head's own steps are taken at any λ, drawn anew for each. Were they taken near the
-             λ that is learned, the head would be best there, and hold it where it began.
+             The head's own steps are taken at any λ, drawn anew for each. When they were taken near
+             the λ that is learned, runs from several starts did not meet (docs/findings.md, 8).
 
 autograd     The paper's way: λ is a parameter, learned with a head, and its gradient passes through
              the frozen encoder:

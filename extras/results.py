@@ -31,6 +31,7 @@ from extras.claims import (
     numbers_table,
 )
 from extras.curves import lambda_figure, tradeoff_figure
+from extras.differences import compare_at
 from extras.firing import TOLERANCE_MS, firing_table, table
 from extras.points import (
     BASELINES,
@@ -125,6 +126,16 @@ def any_table(folder, task, models=tuple(ONE_HEAD)) -> str:
             rows.append([name, len(set(encoders)), len(heads), heads[0].epochs, *scores])
     header = ["model", "encoders", "heads", "epochs", *(f"{period} ms" for period in SHOWN_MS)]
     return table(header, rows)
+
+
+def longer_tokens_table(folder) -> str:
+    """What longer tokens cost a head for all rates, beside those of 20 ms, with intervals."""
+    numbers = []
+    for task in TASKS:
+        heads = load_heads(folder, "any", task, "any")
+        differences = compare_at(SHOWN_MS[1:], task, "20 ms", heads, heads, their_period=20)
+        numbers += [difference._asdict() for difference in differences]
+    return numbers_table({"numbers": numbers})
 
 
 def encoders_table(folder) -> str:
@@ -305,6 +316,12 @@ def page(points, folder) -> str:
     as_many_steps = numbers_table(against_peers(folder, "k3"))
     if as_many_steps:
         text += ["The first of these, after as many steps as one peer had (K = 3):", as_many_steps]
+    longer = longer_tokens_table(folder)
+    if longer:
+        text += [
+            "What longer tokens cost one head for all rates, beside its tokens of 20 ms:",
+            longer,
+        ]
     encoders = encoders_table(folder)
     if encoders:
         text += [

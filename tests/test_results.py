@@ -118,6 +118,15 @@ def test_means_are_over_encoders_where_there_are_several():
     assert mean == 40 and np.isnan(sd)
 
 
+def test_what_longer_tokens_cost(tmp_path):
+    """40 at 20 ms and 50 at 40 ms: 42.5 at 25 ms, on a straight line."""
+    assert results.longer_tokens_table(tmp_path) == ""
+    write_any(tmp_path, "any", (40.0, 50.0, 30.0), task="pool", seed=0)
+    write_any(tmp_path, "any", (40.0, 50.0, 30.0), task="ctc", seed=0)
+    text = re.sub(" +", " ", results.longer_tokens_table(tmp_path))
+    assert "| 20 ms | 25 ms | -2.5 (-2.5 to -2.5) | | +2.5 (+2.5 to +2.5) |" in text
+
+
 def test_how_alike_validation_and_test_are(tmp_path):
     """At 20, 40 and 80 ms 40, 50 and 30 on test, 50, 40 and 30 on validation: r = 0.5 over all,
     -1 over the first two."""
