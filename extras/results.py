@@ -255,15 +255,16 @@ def learned_table(points) -> str:
 
 def grid_of_learned(points, task) -> dict:
     """The grid on the encoder on which λ was learned, known by the hash of its checkpoint."""
-    hashes = {points[s][0]["config"].get("checkpoint_sha1") for s in learned_settings(points, task)}
+    learned = [run for setting in learned_settings(points, task) for run in points[setting]]
+    encoders = {run["config"].get("checkpoint_sha1") for run in learned}
+    on_these = {}
+    for setting, runs in points.items():
+        same = [run for run in runs if run["config"].get("checkpoint_sha1") in encoders]
+        if same:
+            on_these[setting] = same
     for model in ENCODERS:
-        grid = select(points, model, task)
-        of_grid = {
-            runs[0]["config"].get("checkpoint_sha1")
-            for setting, runs in points.items()
-            if setting.model == model and setting.task == task
-        }
-        if grid and of_grid == hashes:
+        grid = select(on_these, model, task)
+        if grid:
             return grid
     return {}
 

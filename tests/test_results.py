@@ -98,6 +98,12 @@ def test_tables_by_hand(points, monkeypatch, capsys):
     assert f"{differences} | 2 | 39.5 ± 0.7 | 40.5 ± 0.7 at 0 | +1.0 |" in text
     assert "| characters (CTC) | autograd | 0.1 | 3 | 1 | 0.70 | 36 | 2 | 43.0 |" in text
 
+    # Heads on another encoder are not of the grid.
+    path = write_point(points, "ofa-seed1", 10.0, 20, lam=0.0, task="ctc", checkpoint_sha1="f")
+    text = re.sub(" +", " ", make(points, monkeypatch))
+    assert f"| characters (CTC) {learned} | 40.5 ± 0.7 at 0 | -1.0 |" in text
+    path.unlink()
+
     # Heads that learned for longer are not compared with the grid.
     for path in points.glob("learned-differences/*.json"):
         point = json.loads(path.read_text())
