@@ -115,7 +115,7 @@ def only_at(head, lam) -> Head:
 
 
 def against_own_heads(folder) -> dict:
-    """One head for all rates against heads of their own, on one encoder."""
+    """One head for all rates against heads of their own, on the same encoders."""
     differences = []
     for task in METRIC_OF:
         ours = load_heads(folder, "any", task, "any")
