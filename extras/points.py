@@ -226,14 +226,9 @@ def load_heads(folder, model, task, which="own", features="encoder") -> list[Hea
     return heads
 
 
-def score_at(heads, periods) -> np.ndarray:
-    """Scores of each head at a frame period in ms (H,), or at several (H, R)."""
-    return np.array([np.interp(periods, head.periods, head.test) for head in heads])
-
-
-def valid_at(heads, periods) -> np.ndarray:
-    """As score_at, on the validation split."""
-    return np.array([np.interp(periods, head.periods, head.valid) for head in heads])
+def score_at(heads, periods, split="test") -> np.ndarray:
+    """Scores of each head at a frame period in ms (H,), or at several (H, R); split: or valid."""
+    return np.array([np.interp(periods, head.periods, getattr(head, split)) for head in heads])
 
 
 def draws_at(heads, period) -> np.ndarray:

@@ -52,7 +52,6 @@ from extras.points import (
     read_measured,
     score_at,
     select,
-    valid_at,
 )
 from extras.slopes import slopes_table
 from parts.runs import read_point, save_text
@@ -68,7 +67,7 @@ ONE_HEAD = {  # models of which there are heads for all rates
     "segments-oracle": "segments, pseudo-boundaries as an oracle, one head",
     **{model: f"{name}, one head" for model, name in KS.items()},
 }
-SHORT_MS = 60  # rates up to here are those among which a search has to choose
+SHORT_MS = 60  # nearly all searches by the metric, without a price, end below this
 SHOWN_MS = (20, 25, 33, 50, 70, 90, 130, 180)  # of the forty rates
 LEGEND = """\
 ± is the standard deviation over encoders that were pre-trained with other seeds, each with the mean
@@ -205,7 +204,7 @@ def splits_table(folder) -> str:
             continue
         encoders = [head.encoder for head in heads]
         periods = heads[0].periods
-        valid, _ = mean_and_sd(valid_at(heads, periods), encoders)  # (R,)
+        valid, _ = mean_and_sd(score_at(heads, periods, "valid"), encoders)  # (R,)
         test, _ = mean_and_sd(score_at(heads, periods), encoders)  # (R,)
         row = [name]
         for longest in (periods[-1], SHORT_MS):
